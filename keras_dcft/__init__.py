@@ -1,0 +1,27 @@
+"""DCFT (arXiv 2503.01419) for Keras 3: fine-tuning by deconvolution in a subspace."""
+
+from keras_dcft.adaptation import dcft_disabled, enable_dcft, merge_dcft, remove_dcft
+from keras_dcft.adapters import load_dcft_weights, save_dcft_weights
+from keras_dcft.callbacks import DCFTCheckpoint
+from keras_dcft.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
+from keras_dcft.layers import DCFTDense, DCFTEinsumDense
+from keras_dcft.regularizers import Orthonormality
+from keras_dcft.report import dcft_summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DCFTCheckpoint",
+    "DCFTDense",
+    "DCFTEinsumDense",
+    "DCFTEmbedding",
+    "DCFTReversibleEmbedding",
+    "Orthonormality",
+    "dcft_disabled",
+    "dcft_summary",
+    "enable_dcft",
+    "load_dcft_weights",
+    "merge_dcft",
+    "remove_dcft",
+    "save_dcft_weights",
+]

@@ -1,0 +1,216 @@
+"""The verbs: what a user does to a model."""
+
+import contextlib
+
+import keras
+
+from keras_dcft import keras_internals
+from keras_dcft.conversion import release_built
+from keras_dcft.layers import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, DCFTLayer, holds_integers
+from keras_dcft.models import AdaptedModel, adapt, release, reset_compiled_models, task_backbone
+from keras_dcft.planning import checked_model, dcft_layers, plan_adaptation
+
+
+def enable_dcft(
+    model: keras.Model,
+    kernel_size: int | dict = DEFAULT_KERNEL_SIZE,
+    *,
+    rank: int = 1,
+    alpha: float = DEFAULT_ALPHA,
+    dropout: float = 0.0,
+    orthogonality: float = 0.0,
+    factor_initializer=None,
+    filter_initializer=None,
+    target_layers=None,
+    exclude_layers=None,
+    trainable_layers=None,
+) -> keras.Model:
+    """Freezes a model and adapts its dense layers with DCFT (arXiv 2503.01419), in place.
+
+    Every targeted `Dense` becomes a `DCFTDense` and every `EinsumDense` a `DCFTEinsumDense`, and an
+    embedding that `target_layers` names a `DCFTEmbedding` or `DCFTReversibleEmbedding`: the same
+    objects at the same places, with three small trainable variables each. Everything else is
+    frozen, and stays so when `trainable` is set on the model or on a layer, but for
+    `trainable_layers` and, in a KerasHub task, the head: there the backbone is adapted and what
+    lies outside of it trained in full. The start is exactly the base model. A model that was
+    compiled, fitted or used before need not be compiled again; its optimizer starts afresh.
+
+    DCFT wants a larger learning rate than full fine-tuning: start at 5e-3 with Adam.
+
+    Args:
+        model: a built `keras.Model`: a KerasHub task or backbone, a Sequential, functional,
+            nested or subclassed model.
+        kernel_size: int, or a dict of regular expressions over layer paths to ints, of which the
+            first that matches a layer counts. Larger means fewer trainable numbers,
+            `rank * (ceil(in / d) + ceil(out / d)) + d**2` for a kernel of `in x out`.
+        rank: int, rank inside the subspace; 1 in the paper.
+        alpha: float, the increment's scale is `alpha / rank`.
+        dropout: float in [0, 1), dropout on the increments' inputs while training.
+        orthogonality: float, the paper's γ (0.1 there). Adds
+            `γ/2n · Σ (‖AᵀA − I‖_F + ‖BBᵀ − I‖_F)` over the n adapted layers to the loss.
+        factor_initializer: initializer of `dcft_a` and `dcft_b`; N(0, 0.02²) if None.
+        filter_initializer: initializer of `dcft_filter`; zeros if None.
+        target_layers: which Dense, EinsumDense and embedding layers to adapt: a regular expression
+            that is searched for in layer paths, a list of them, or a function of a layer that
+            returns a bool. Defaults to every Dense and EinsumDense of the backbone, or of the model
+            outside KerasHub, and no embedding.
+        exclude_layers: which of them to leave frozen, given likewise.
+        trainable_layers: which layers, of any kind, to train in full instead, given likewise.
+
+    Returns:
+        The model. Its `dcft_config` tells what was done.
+
+    Raises:
+        TypeError: if an argument is of the wrong type (a bool or float for an int).
+        ValueError: if the model is not built, has no dense layer or is adapted already; if a
+            pattern matches nothing; if a kernel size is below 1 or exceeds a side of a targeted
+            kernel; if a targeted layer has LoRA or a constraint, computes something else than its
+            Keras class, or holds one matrix per expert. The model is unchanged then.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> enable_dcft(model, kernel_size=8).dcft_config["layers"]
+        {'dense': 8}
+        >>> [tuple(v.shape) for v in model.trainable_variables]
+        [(4, 1), (1, 8), (8, 8)]
+    """
+    checked_model(model)
+    part = task_backbone(model)
+    config = plan_adaptation(
+        part,
+        kernel_size,
+        rank,
+        alpha,
+        dropout,
+        orthogonality,
+        target_layers,
+        exclude_layers,
+        trainable_layers,
+    )
+    adapt(model, config, part, factor_initializer, filter_initializer)
+    reset_compiled_models(dcft_layers(model))
+    return model
+
+
+def merge_dcft(model: keras.Model) -> keras.Model:
+    """Folds the increments into the kernels: plain Keras layers again that compute the same.
+
+    Nothing of this package is needed to load what the model then saves. In float32 its predictions
+    equal the adapted model's to rounding. A bfloat16 or float16 kernel cannot hold base plus
+    increment: the sum is worked out in float32 and rounded to the kernel's dtype, which drops an
+    increment's part below the kernel's last bit.
+
+    Args:
+        model: a model adapted with `enable_dcft`, one that holds such a model, or one with
+            directly built DCFT layers.
+
+    Returns:
+        The model, its layers and itself of their original classes, trainable as before enabling.
+
+    Raises:
+        TypeError, ValueError: if `model` is no Keras model, has no DCFT layers, or is a part of the
+            adapted model to which they belong; if a kernel is quantized to integers. The model is
+            unchanged then.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> merge_dcft(enable_dcft(model)) is model
+        True
+        >>> type(model.layers[0]) is keras.layers.Dense
+        True
+    """
+    layers = _own_dcft_layers(model)
+    quantized = [layer.name for layer in layers if holds_integers(layer)]
+    if quantized:
+        raise ValueError(
+            "`model` has quantized kernels, which cannot hold an increment that is smaller than "
+            "their steps. Save the adapter with `save_dcft_weights`, load it into the model before "
+            f"it was quantized, merge there, and quantize that. Received: layers {quantized}."
+        )
+    for layer in layers:
+        layer.merge()
+    _release(model, layers)
+    return model
+
+
+def remove_dcft(model: keras.Model) -> keras.Model:
+    """Drops the increments: the base model back, bit for bit, trainable as before enabling.
+
+    Args:
+        model: as for `merge_dcft`.
+
+    Returns:
+        The model, its layers and itself of their original classes.
+
+    Raises:
+        TypeError, ValueError: as `merge_dcft`.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> type(remove_dcft(enable_dcft(model)).layers[0]) is keras.layers.Dense
+        True
+    """
+    _release(model, _own_dcft_layers(model))
+    return model
+
+
+@contextlib.contextmanager
+def dcft_disabled(model: keras.Model):
+    """Inside this context the model computes what its base model does; outside as before.
+
+    The filters are set to zero and put back, so functions that were compiled before see it as well,
+    nesting works, and `model` may be a part of an adapted model. What is saved inside holds the
+    adapters as they are outside. Training inside is lost for the filters.
+
+    Args:
+        model: a model with DCFT layers.
+
+    Raises:
+        TypeError, ValueError: if `model` is no Keras model or has no DCFT layers.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> with dcft_disabled(enable_dcft(model)):
+        ...     outputs = model(keras.ops.ones((1, 32)))
+    """
+    layers = dcft_layers(checked_model(model))
+    if not layers:
+        raise ValueError(_nothing_adapted(model))
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.disabled())
+        yield model
+
+
+def _nothing_adapted(model):
+    return (
+        "`model` must have DCFT layers; call `enable_dcft(model)` first. Received: model "
+        f"'{model.name}' of type {type(model).__name__} with none."
+    )
+
+
+def _own_dcft_layers(model):
+    layers = dcft_layers(checked_model(model))
+    if not layers:
+        raise ValueError(_nothing_adapted(model))
+    unbuilt = [layer.name for layer in layers if not layer.built]
+    if unbuilt:
+        raise ValueError(f"`model` must be built. Received: layers {unbuilt} not built.")
+    if any(layer.is_disabled for layer in layers):
+        raise ValueError("`model` cannot be merged or removed inside `dcft_disabled`.")
+    below = {id(part) for part in model._flatten_layers()}
+    for holder in keras_internals.models_holding(layers):
+        if isinstance(holder, AdaptedModel) and id(holder) not in below:
+            raise ValueError(
+                f"`model` must be the model that was adapted, or hold it. Received: model "
+                f"'{model.name}', a part of the adapted model '{holder.name}'."
+            )
+    return layers
+
+
+def _release(model, layers):
+    release(model)
+    for layer in layers:
+        if isinstance(layer, DCFTLayer):  # built as a DCFT layer, so in no adaptation's memory
+            release_built(layer)
+    reset_compiled_models(layers)

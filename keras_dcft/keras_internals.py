@@ -1,0 +1,216 @@
+"""The one place where this package reaches into Keras beyond its public API.
+
+Each function says why the public API does not do; `tests/keras_internals_test.py` breaks when
+Keras changes what they rely on (Keras 3.15.1).
+"""
+
+import contextlib
+import functools
+import gc
+import itertools
+
+import keras
+from keras.src.backend.common import masking
+from keras.src.utils import naming, tracking
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets variables be added to a built layer, whose tracker Keras has locked.
+
+    `Dense.enable_lora` does the same; there is no public way to add a weight after `build`.
+    """
+    was_locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if was_locked:
+            layer._lock_state()
+
+
+def sublayers(layer) -> list:
+    """The layers directly below a layer: those of a functional model's graph, then the others.
+
+    `Layer` has no public list of sublayers; `Model.layers` exists for models only and leaves out
+    what a task or a composite layer holds. On torch a KerasHub backbone tracks its graph alone, so
+    that comes first, and a layer in it has the same place below it on every backend.
+    """
+    graph = [op for op in getattr(layer, "operations", []) if isinstance(op, keras.layers.Layer)]
+    in_graph = {id(op) for op in graph}
+    return [*graph, *(below for below in layer._layers if id(below) not in in_graph)]
+
+
+def automatic_name(cls) -> str:
+    """The name that Keras gives to an unnamed layer of a class, before it numbers it.
+
+    Numbers depend on what else was made in the process, so a path that is to be the same in the
+    next process must be able to tell a numbered automatic name from a chosen one.
+    """
+    return naming.to_snake_case(cls.__name__)
+
+
+def own_trainable_variables(layer) -> list:
+    """The variables of this layer alone that `layer.trainable = ...` reaches."""
+    return list(layer._trainable_variables)
+
+
+def own_weights(layer) -> list:
+    """The weights of this layer alone; `layer.weights` has those of its sublayers too."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def freeze_variables(layer, variables=None):
+    """Freezes a layer's own variables so that no later `trainable = True` thaws them.
+
+    Setting `trainable` on a layer or on any of its parents sets it on every variable that the
+    layer tracks as trainable. A variable tracked as non-trainable is out of its reach, so these are
+    moved from the one list to the front of the other: that keeps their order, by which Keras
+    saves and loads them.
+
+    Args:
+        layer: a Keras layer.
+        variables: list of the layer's own trainable variables; all of them if None.
+    """
+    if variables is None:
+        # A float8 layer's scales are no weights: Keras writes them through the gradients' place,
+        # and a layer that is used must go on measuring them.
+        variables = [v for v in own_trainable_variables(layer) if not v.overwrite_with_gradient]
+    _move_variables(layer, variables, "trainable_variables", "non_trainable_variables")
+    for variable in variables:
+        variable.trainable = False
+
+
+def thaw_variables(layer, variables, flags):
+    """Undoes `freeze_variables`: the variables are trainable ones again, each with its own flag."""
+    _move_variables(layer, variables, "non_trainable_variables", "trainable_variables")
+    for variable, flag in zip(variables, flags):
+        variable.trainable = flag
+
+
+def _move_variables(layer, variables, source, target):
+    tracker = layer._tracker
+    _, source_list = tracker.config[source]
+    _, target_list = tracker.config[target]
+    moved = [v for v in variables if id(v) in tracker.stored_ids[source]]
+    ids = {id(v) for v in moved}
+    source_list[:] = [v for v in source_list if id(v) not in ids]
+    target_list[:0] = moved
+    tracker.stored_ids[source] -= ids
+    tracker.stored_ids[target] |= ids
+
+
+def remove_variable(layer, attribute: str):
+    """Deletes a variable from a built layer.
+
+    `del layer.attribute` does that and then runs a full garbage collection, hundreds of which a
+    large model would have to wait for; this skips `Layer.__delattr__` and goes to its base.
+    """
+    layer._untrack_variable(getattr(layer, attribute))
+    super(keras.layers.Layer, layer).__delattr__(attribute)
+
+
+def remove_seed_generator(layer, attribute: str):
+    """Deletes a seed generator, whose state Keras would go on counting, from a built layer."""
+    layer._tracker.untrack(getattr(layer, attribute))
+    super(keras.layers.Layer, layer).__delattr__(attribute)
+
+
+def set_trainable_flag(layer, value: bool):
+    """Sets one layer's own flag; the public setter would set it on everything below as well."""
+    layer._trainable = value
+
+
+def set_mask(tensor, mask):
+    """Attaches a mask to a tensor, or does nothing for None.
+
+    `ReversibleEmbedding` does so in its `call`, since only one of its two directions has a mask;
+    the public way, `compute_mask`, cannot tell them apart.
+    """
+    if mask is not None:
+        masking.set_keras_mask(tensor, mask)
+
+
+def wrap_quantize(layer, check, **arguments):
+    """Puts a check of the mode before a layer's or model's `quantize`, and arguments into it.
+
+    Every layer object has a `quantize` of its own, which Keras binds to the class that it was made
+    with, so neither another class nor a method of it has any say.
+    """
+    original = layer.quantize
+
+    @functools.wraps(original)
+    def quantize(mode=None, config=None, **kwargs):
+        check(mode or getattr(config, "mode", None))
+        return original(mode=mode, config=config, **{**kwargs, **arguments})
+
+    quantize.unchecked = original
+    layer.quantize = quantize
+
+
+def unwrap_quantize(layer):
+    """Undoes `wrap_quantize`, if it was done."""
+    layer.quantize = getattr(layer.quantize, "unchecked", layer.quantize)
+
+
+def models_holding(layers) -> list:
+    """Every live Keras model of which one of these layers is a part.
+
+    A model knows the layers below it, but no layer knows its parents, and a task or functional
+    model that was compiled around a backbone before the backbone was adapted would go on running
+    the function that it had traced then.
+
+    The models are found as what refers to their class, which is slow for many classes, so first it
+    is seen which classes have instances at all. Neither step keeps a reference to anything but
+    models: a reference to a tuple that another thread is about to fill makes it fail there
+    (TensorFlow: "Error while creating shape"), which rules out going through `gc.get_objects()`.
+    Models that the caller has put out of the collector's sight with `gc.freeze` are not found.
+    """
+    classes = {id(cls): cls for cls in classes_of_models()}
+    # Only lazy C functions, so that no other thread runs while the list of all objects is there.
+    everything = itertools.chain.from_iterable(map(gc.get_objects, [None]))
+    present = set(filter(classes.__contains__, map(id, map(type, everything))))
+    wanted = {id(layer) for layer in layers}
+    return [
+        candidate
+        for candidate in gc.get_referrers(*(classes[key] for key in present))
+        if id(type(candidate)) in present
+        and hasattr(candidate, "_layers")
+        and any(id(layer) in wanted for layer in candidate._flatten_layers())
+    ]
+
+
+def classes_of_models() -> set:
+    """`keras.Model` and all classes that derive from it."""
+    classes, found = {keras.Model}, [keras.Model]
+    while found:
+        found = [below for cls in found for below in cls.__subclasses__()]
+        classes.update(found)
+    return classes
+
+
+def reset_compiled_state(model):
+    """Makes a model's next `fit`, `predict` and `generate` see its present variables.
+
+    Dropped are the functions traced for the old variables (`predict` makes one in a model that was
+    never compiled as well) and the optimizer's slots for them; the optimizer is made anew from its
+    own configuration. `model.compile()` would do it, but what a model was compiled with cannot be
+    asked back from it in public.
+    """
+    for function in ("train_function", "test_function", "predict_function", "generate_function"):
+        if hasattr(model, function):
+            setattr(model, function, None)
+    if not model.compiled:
+        return
+    # As in `compile`, nothing of this is to be tracked as a part of the model.
+    with tracking.DotNotTrackScope():
+        flags = {layer: layer.trainable for layer in model._flatten_layers()}
+        model._compiled_trainable_state = flags
+        optimizer = model.optimizer
+        if optimizer is None or not optimizer.built:
+            return
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+        inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        passed = model._compile_config.config["optimizer"]
+        is_wrapped = type(passed) is not type(optimizer)
+        model._compile_config.config["optimizer"] = inner if is_wrapped else model.optimizer

@@ -1,0 +1,386 @@
+"""Which layers are adapted, and with which kernel size: decided here, done elsewhere.
+
+The decision is a plain dict, `dcft_config`, that can be printed and compared, and that is what a
+saved model carries:
+
+    {"rank": 1, "alpha": 4.0, "dropout": 0.0, "orthogonality": 0.0,
+     "layers": {path: kernel size}, "trainable_layers": [path]}
+"""
+
+import re
+
+import keras
+
+from keras_dcft import keras_internals
+from keras_dcft.conversion import (
+    DCFT_CLASSES,
+    DENSE_CLASSES,
+    dcft_class,
+    matrix_shape_of,
+    overridden,
+    weight_of,
+)
+from keras_dcft.layers import DCFTLayer, check_settings, einsum_axes, holds_integers
+
+
+def walk(model) -> dict:
+    """Every layer below a model by its path, parents before children, each layer once.
+
+    A path joins layer names with `/` from the model down, and is the same in every process and on
+    every backend. So names that Keras made up (`dense_7`) are counted anew among their siblings
+    (`dense`, `dense_1`), and a backbone's name in front of a layer's is left out: many backbones of
+    KerasHub put it there when they are given a name, as they are when they are loaded.
+    """
+    layers = {}
+    seen = {id(model)}
+    backbones = _names_of_backbones()
+
+    def visit(parent, prefix, ancestors):
+        for child in keras_internals.sublayers(parent):
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            name = path = f"{prefix}{_chosen_name(child, (*ancestors, *backbones))}"
+            number = 0
+            while path in layers:
+                number += 1
+                path = f"{name}_{number}"
+            layers[path] = child
+            visit(child, f"{path}/", (*ancestors, child.name))
+
+    visit(model, "", (model.name,))
+    return layers
+
+
+def _chosen_name(layer, prefixes):
+    for cls in (type(layer), getattr(layer, "base_class", type(layer))):
+        automatic = keras_internals.automatic_name(cls)
+        if re.fullmatch(rf"{automatic}(_\d+)?", layer.name):
+            return automatic
+    for prefix in prefixes:
+        if layer.name.startswith(f"{prefix}_"):
+            return layer.name.removeprefix(f"{prefix}_")
+    return layer.name
+
+
+def _names_of_backbones() -> list:
+    # A backbone need not be above its layers: DepthAnything takes them into a model of its own.
+    names = {
+        keras_internals.automatic_name(cls)
+        for cls in keras_internals.classes_of_models()
+        if any(base.__module__ == "keras_hub.src.models.backbone" for base in cls.__mro__)
+    }
+    return sorted(names, key=len, reverse=True)
+
+
+def dcft_layers(model) -> list:
+    """The DCFT layers of a model, each once."""
+    return [layer for layer in walk(model).values() if isinstance(layer, DCFTLayer)]
+
+
+def plan_adaptation(
+    model,
+    kernel_size,
+    rank,
+    alpha,
+    dropout,
+    orthogonality,
+    target_layers=None,
+    exclude_layers=None,
+    trainable_layers=None,
+) -> dict:
+    """Decides what `enable_dcft` does to a model, or says why it cannot; changes nothing.
+
+    The arguments are those of `enable_dcft`, but the model is the one to adapt (a task's backbone).
+
+    Returns:
+        A `dcft_config` as described at the top of this file.
+    """
+    sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
+    if not sizes:
+        raise ValueError("`kernel_size` must name at least one pattern. Received: kernel_size={}")
+    for size in sizes.values():
+        check_settings(size, rank, alpha, dropout, orthogonality)
+    check_built(model)
+    layers = walk(model)
+    adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
+    if adapted:
+        raise ValueError(
+            "`model` already has DCFT layers; call `merge_dcft(model)` or `remove_dcft(model)` "
+            f"before enabling DCFT anew. Received: model '{model.name}' with {_listed(adapted)}."
+        )
+    candidates = {
+        path: layer
+        for path, layer in layers.items()
+        if isinstance(layer, tuple(DCFT_CLASSES)) and layer.built
+    }
+    targets = [path for path, layer in candidates.items() if isinstance(layer, DENSE_CLASSES)]
+    experts = {path: layer for path, layer in layers.items() if _holds_experts(layer)}
+    if target_layers is not None and candidates:
+        candidates.update(experts)
+        targets = select("target_layers", target_layers, candidates)
+    if not targets:
+        unbuilt = [
+            path
+            for path, layer in layers.items()
+            if isinstance(layer, DENSE_CLASSES) and not layer.built
+        ]
+        hint = f" Call the model on data first: {_listed(unbuilt)} not built." if unbuilt else ""
+        raise ValueError(
+            "`model` must have at least one built Dense or EinsumDense layer to adapt. "
+            f"Received: model '{model.name}' of type {type(model).__name__} with none.{hint}"
+        )
+    excluded = select("exclude_layers", exclude_layers, candidates)
+    weighted = {path: layer for path, layer in layers.items() if layer.weights}
+    trained = with_sublayers(select("trainable_layers", trainable_layers, weighted), layers)
+    integers = [path for path in trained if holds_integers(layers[path])]
+    if integers:
+        raise ValueError(
+            "`trainable_layers` must not name layers with quantized weights, which nothing can "
+            f"train. Received: {_listed(integers)}."
+        )
+    available = targets
+    targets = [path for path in targets if path not in set(excluded) | set(trained)]
+    if not targets:
+        raise ValueError(
+            "`exclude_layers` and `trainable_layers` leave no layer to adapt. Received: "
+            f"exclude_layers={exclude_layers!r}, trainable_layers={trainable_layers!r} for "
+            f"{_listed(available)}."
+        )
+    targeted = {path: candidates[path] for path in targets}
+    check_adaptable(targeted, layers)
+    kernel_sizes = _kernel_sizes(sizes, targeted)
+    _check_shared_sizes(kernel_sizes, targeted)
+    return {
+        "rank": rank,
+        "alpha": float(alpha),
+        "dropout": float(dropout),
+        "orthogonality": float(orthogonality),
+        "layers": kernel_sizes,
+        "trainable_layers": trained,
+    }
+
+
+def checked_model(model):
+    """The model; raises TypeError if it is none."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a keras.Model. Received: model={model!r} of type "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def check_built(model):
+    """Raises ValueError for a model whose layers have no kernels yet."""
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, its layers need their kernels. Call it on data or build it "
+            f"with `model.build(input_shape)` first. Received: model '{model.name}', not built."
+        )
+
+
+def select(argument: str, selector, layers: dict) -> list:
+    """The paths that a regular expression, a list of them or a predicate on layers selects.
+
+    Args:
+        argument: str, the argument's name for error messages.
+        selector: None, str, list of str, or a function of a layer that returns a bool.
+        layers: dict of the layers to choose from, by path.
+
+    Raises:
+        TypeError: if the selector is none of these.
+        ValueError: if a pattern is malformed, or it or the predicate selects nothing.
+    """
+    if selector is None:
+        return []
+    if callable(selector):
+        selected = [path for path, layer in layers.items() if selector(layer)]
+        if not selected:
+            raise ValueError(
+                f"`{argument}` selects nothing: the function is false for every layer. It could "
+                f"have selected {_listed(layers)}."
+            )
+        return selected
+    patterns = [selector] if isinstance(selector, str) else selector
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"`{argument}` must be a regular expression, a list of them or a function of a layer. "
+            f"Received: {argument}={selector!r}"
+        )
+    selected = set()
+    for pattern in patterns:
+        matches = _matches(argument, pattern, layers)
+        if not matches:
+            raise ValueError(
+                f"`{argument}` has a pattern that matches nothing. Received: {pattern!r}. It could "
+                f"have matched {_listed(layers)}."
+            )
+        selected.update(matches)
+    return [path for path in layers if path in selected]
+
+
+def with_sublayers(paths: list, layers: dict) -> list:
+    """The given paths and those of everything below them, in the order of the walk."""
+    roots = tuple(f"{path}/" for path in paths)
+    chosen = set(paths)
+    return [path for path in layers if path in chosen or path.startswith(roots)]
+
+
+def _matches(argument, pattern, layers):
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` must hold valid regular expressions: {error}. Received: {pattern!r}"
+        ) from error
+    return [path for path in layers if expression.search(path)]
+
+
+def _kernel_sizes(sizes, targets):
+    for pattern in sizes:
+        if not _matches("kernel_size", pattern, targets):
+            raise ValueError(
+                f"`kernel_size` has a pattern that matches nothing. Received: {pattern!r}. It "
+                f"could have matched {_listed(targets)}."
+            )
+    chosen = {}
+    for path in targets:
+        size = next((size for pattern, size in sizes.items() if re.search(pattern, path)), None)
+        if size is None:
+            raise ValueError(
+                "`kernel_size` must have a pattern for every targeted layer; the first that "
+                f'matches counts, and a last ".*" matches the rest. Received: {sizes!r}, which '
+                f"leaves out '{path}'."
+            )
+        chosen[path] = size
+    too_small = {
+        path: matrix_shape_of(layer)
+        for path, layer in targets.items()
+        if chosen[path] > min(matrix_shape_of(layer))
+    }
+    if too_small:
+        names = _pattern(*too_small)
+        shapes = ", ".join(f"'{path}' ({m} x {n})" for path, (m, n) in too_small.items())
+        raise ValueError(
+            "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel. "
+            f"Received: kernel_size={sizes.get('', sizes)} for {shapes}. Leave such layers frozen "
+            f"with `exclude_layers={names}` or train them in full with "
+            f"`trainable_layers={names}`."
+        )
+    return chosen
+
+
+def check_adaptable(targets: dict, layers: dict):
+    """Raises ValueError, with the reason, for layers that cannot be adapted.
+
+    Args:
+        targets: dict of the layers to adapt, by path.
+        layers: dict of all layers of the model, by path.
+    """
+    for path, layer in targets.items():
+        _check_class(path, layer)
+        _check_weight(path, layer)
+    _check_wrappers(targets, layers)
+    _check_ties(targets, layers)
+
+
+def _check_class(path, layer):
+    cls, leave_out = type(layer), f"Leave it out with `exclude_layers={_pattern(path)}`."
+    if _holds_experts(layer):
+        raise ValueError(
+            f"Layer '{path}' of type {cls.__name__} holds one matrix per expert, which DCFT does "
+            f"not adapt: its code computes with these weights itself. {leave_out}"
+        )
+    if not isinstance(layer, tuple(DCFT_CLASSES)):
+        raise ValueError(f"Layer '{path}' is no dense or embedding layer: {layer!r}")
+    if dcft_class(cls) is None:
+        base = next(base for base in DCFT_CLASSES if issubclass(cls, base))
+        names = " and ".join(f"`{name}`" for name in overridden(cls, base))
+        raise ValueError(
+            f"Layer '{path}' is of type {cls.__name__}, a subclass of {base.__name__} with its own "
+            f"{names}, which an adapted layer would not use. {leave_out}"
+        )
+
+
+def _check_weight(path, layer):
+    if not layer.built:
+        raise ValueError(f"Layer '{path}' cannot be adapted before it is built.")
+    if layer.lora_enabled:
+        raise ValueError(
+            f"Layer '{path}' has Keras LoRA enabled; a layer is adapted either with LoRA or with "
+            "DCFT. Load the model without LoRA first."
+        )
+    for name in ("kernel_constraint", "embeddings_constraint"):
+        if getattr(layer, name, None) is not None:
+            raise ValueError(
+                f"Layer '{path}' has a {name.split('_')[0]} constraint, which a frozen weight plus "
+                f"increment would not obey. Received: {name}={getattr(layer, name)!r}"
+            )
+    if isinstance(layer, keras.layers.EinsumDense):
+        try:
+            einsum_axes(layer.equation)
+        except ValueError as error:
+            raise ValueError(f"Layer '{path}' cannot be adapted: {error}") from error
+
+
+def _check_wrappers(targets, layers):
+    target_ids = {id(layer): path for path, layer in targets.items()}
+    for wrapper in layers.values():
+        if isinstance(wrapper, keras.layers.SpectralNormalization):
+            path = target_ids.get(id(wrapper.layer))
+            if path is not None:
+                raise ValueError(
+                    f"Layer '{path}' is inside SpectralNormalization, which rewrites the kernel "
+                    "that DCFT keeps frozen. Leave it out with "
+                    f"`exclude_layers={_pattern(path)}`."
+                )
+
+
+def _check_ties(targets, layers):
+    """Layers that share a weight must share the increment too, or merging would change the rest."""
+    shared = {}
+    for path, layer in layers.items():
+        for variable in keras_internals.own_weights(layer):
+            shared.setdefault(id(variable), []).append(path)
+    for path, layer in targets.items():
+        for other in shared.get(id(weight_of(layer)), []):
+            if other not in targets or _view(layers[other]) != _view(layer):
+                raise ValueError(
+                    f"Layers '{path}' and '{other}' share one weight, so they can only be adapted "
+                    "together, and only if they use it in the same way. Leave them out with "
+                    f"`exclude_layers={_pattern(path, other)}` or name both in `target_layers`."
+                )
+
+
+def _check_shared_sizes(kernel_sizes, targeted):
+    owners = {}
+    for path, layer in targeted.items():
+        owner = owners.setdefault(id(weight_of(layer)), path)
+        if kernel_sizes[path] != kernel_sizes[owner]:
+            raise ValueError(
+                f"`kernel_size` must be the same for '{owner}' and '{path}', which share one "
+                f"weight. Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
+            )
+
+
+def _view(layer):
+    return type(layer), getattr(layer, "equation", None)
+
+
+def _holds_experts(layer) -> bool:
+    """Whether a layer has 3-D weights of its own and is not one of Keras's, such as a Conv1D."""
+    return not type(layer).__module__.startswith("keras.") and any(
+        len(variable.shape) == 3 and min(variable.shape) > 1
+        for variable in keras_internals.own_weights(layer)
+    )
+
+
+def _pattern(*paths):
+    return [f"^{re.escape(path)}$" for path in paths]
+
+
+def _listed(paths, most=20):
+    paths = list(paths)
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(f"'{path}'" for path in paths[:most]) + more

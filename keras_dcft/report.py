@@ -1,0 +1,84 @@
+"""What is adapted in a model, as a table."""
+
+import math
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from keras_dcft.increments import parameter_count
+from keras_dcft.layers import ADAPTER_VARIABLES
+from keras_dcft.models import AdaptedModel
+from keras_dcft.planning import checked_model, dcft_layers, walk
+
+
+def dcft_summary(model: keras.Model, print_fn=None):
+    """Prints a table of a model's adapted layers: kernel, kernel size, rank, trainable numbers.
+
+    Below it stand the totals: what the adapters train, what else is trained, the share of the base
+    model, and what LoRA of rank 1 on the same kernels would train. In a notebook the table is
+    rendered as HTML.
+
+    Args:
+        model: a model with DCFT layers.
+        print_fn: function of a str to print with instead, or None.
+
+    Raises:
+        TypeError, ValueError: if `model` is no Keras model or has no DCFT layers.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> dcft_summary(enable_dcft(model), print_fn=lambda text: None)
+    """
+    layers = dcft_layers(checked_model(model))
+    if not layers:
+        raise ValueError(
+            "`model` must have DCFT layers; call `enable_dcft(model)` first. Received: model "
+            f"'{model.name}' with none."
+        )
+    parts = [part for part in model._flatten_layers() if isinstance(part, AdaptedModel)]
+    paths = {id(layer): path for path, layer in walk(parts[0] if parts else model).items()}
+    table = Table(title=f'DCFT layers of "{model.name}"', title_justify="left", show_footer=True)
+    adapters = sum(_count(layer) for layer in layers if not layer.shares_adapter)
+    table.add_column("Layer", footer=f"{len(layers)} layers", overflow="fold")
+    table.add_column("Kernel", justify="right")
+    table.add_column("Kernel size", justify="right")
+    table.add_column("Rank", justify="right")
+    table.add_column("Trainable", justify="right", footer=f"{adapters:,}")
+    table.add_column("Share", justify="right")
+    for layer in layers:
+        kernel = math.prod(layer.matrix_shape)
+        table.add_row(
+            paths.get(id(layer), layer.name),
+            " x ".join(map(str, layer.weight_shape_of(layer))),
+            str(layer.kernel_size),
+            str(layer.rank),
+            f"{_count(layer):,}",
+            f"{100 * _count(layer) / kernel:.3f} %",
+        )
+    lora = sum(sum(layer.matrix_shape) for layer in layers)
+    total = model.count_params()
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+    adapter_ids = {id(getattr(layer, name)) for layer in layers for name in ADAPTER_VARIABLES}
+    other = sum(math.prod(v.shape) for v in model.trainable_variables if id(v) not in adapter_ids)
+    lines = (
+        f"Adapters: {adapters:,} trainable numbers, {100 * adapters / (total - adapters):.3f} % of "
+        f"the base model's {total - adapters:,}.\n"
+        f"LoRA of rank 1 on the same kernels: {lora:,}, {lora / adapters:.1f} times as many.\n"
+        f"Trained in full beside them: {other:,}. Trainable in all: {trained:,}."
+    )
+    console = Console(highlight=False)
+    if not (console.is_terminal or console.is_jupyter):
+        console = Console(highlight=False, width=110)
+    if print_fn is None:
+        console.print(table)
+        console.print(lines)
+        return
+    with console.capture() as capture:
+        console.print(table)
+        console.print(lines)
+    print_fn(capture.get().rstrip("\n"))
+
+
+def _count(layer) -> int:
+    return parameter_count(*layer.matrix_shape, layer.kernel_size, layer.rank)

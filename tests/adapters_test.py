@@ -1,0 +1,668 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import BACKENDS, ROOT
+from tools import (
+    LABELS,
+    MODELS,
+    TEXTS,
+    array,
+    bert_backbone,
+    bert_classifier,
+    differences,
+    predict,
+    randomize_adapters,
+    sequential,
+    values,
+    vectors,
+)
+
+from keras_dcft import (
+    dcft_disabled,
+    enable_dcft,
+    load_dcft_weights,
+    merge_dcft,
+    remove_dcft,
+    save_dcft_weights,
+)
+from keras_dcft.adapters import _checksum
+
+
+def adapted(kind, **arguments):
+    model = MODELS[kind][0]()
+    enable_dcft(model, kernel_size=4, **arguments)
+    randomize_adapters(model)
+    return model
+
+
+def plain_like(model, kind):
+    """A new model with the base weights of an adapted one."""
+    plain = MODELS[kind][0]()
+    enable_dcft(plain, kernel_size=4)
+    plain.set_weights(model.get_weights())
+    return remove_dcft(plain)
+
+
+def snapshot(model):
+    classes = [(type(layer), layer.trainable) for layer in model._flatten_layers()]
+    return classes, [(v.path, v.trainable) for v in model.weights], values(model.weights)
+
+
+def assert_unchanged(model, before):
+    after = snapshot(model)
+    assert after[:2] == before[:2]
+    assert all(d == 0 for d in differences(before[2], after[2]))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_file_brings_the_adapter_to_a_plain_model(kind, tmp_path):
+    model, inputs = adapted(kind), MODELS[kind][1]()
+    if kind == "task":
+        model.fit(TEXTS, LABELS, verbose=0)
+    expected = predict(model, inputs)
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(model, path)
+    plain = plain_like(model, kind)
+    assert load_dcft_weights(plain, path) is plain
+    assert type(plain) is type(model)
+    assert plain.dcft_config == model.dcft_config
+    np.testing.assert_array_equal(predict(plain, inputs), expected)
+    randomize_adapters(plain, seed=9)
+    assert np.abs(predict(plain, inputs) - expected).max() > 0
+    load_dcft_weights(plain, path)
+    np.testing.assert_array_equal(predict(plain, inputs), expected)
+
+
+def test_a_file_holds_exactly_what_was_trained(tmp_path):
+    model = adapted("task", trainable_layers="layer_norm")
+    path = tmp_path / "a.dcft.safetensors"
+    model.trainable = False  # a flag of the moment, which does not change what was trained
+    save_dcft_weights(model, path)
+    model.trainable = True
+    tensors = safetensors.numpy.load_file(path)
+    assert sum(t.size for t in tensors.values()) == sum(
+        int(np.prod(v.shape)) for v in model.trainable_variables
+    )
+    assert "trained/logits/0.kernel" in tensors
+    assert any("layer_norm" in name for name in tensors)
+    assert "adapter/pooled_dense/dcft_filter" in tensors
+
+
+def test_statistics_of_a_trained_layer_are_kept(tmp_path):
+    def make():
+        return keras.Sequential(
+            [keras.Input((12,)), keras.layers.Dense(8), keras.layers.BatchNormalization()]
+        )
+
+    model = make()
+    enable_dcft(model, kernel_size=4, trainable_layers="normalization")
+    model.compile("adam", "mse")
+    model.fit(vectors(8), np.ones((8, 8)), epochs=3, verbose=0)
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(model, path)
+    other = make()
+    other.layers[0].set_weights([array(model.layers[0]._kernel), array(model.layers[0].bias)])
+    load_dcft_weights(other, path)
+    np.testing.assert_array_equal(predict(other, vectors()), predict(model, vectors()))
+
+
+def test_bfloat16_values_survive(tmp_path):
+    def make():
+        return keras.Sequential(
+            [
+                keras.Input((12,)),
+                keras.layers.Dense(8, dtype="bfloat16"),
+                keras.layers.Dense(8, dtype="bfloat16", name="trained"),
+            ]
+        )
+
+    model = enable_dcft(make(), kernel_size=4, trainable_layers="trained")
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(model, path)
+    other = load_dcft_weights(make(), path)
+    trained = [v for v in other.trainable_variables if v.dtype == "bfloat16"]
+    assert len(trained) == 2
+    assert differences(values(trained), values(model.layers[1].weights)) == [0, 0]
+
+
+READ_IN_NEW_PROCESS = """
+import keras_dcft, keras, keras_hub, numpy as np, tools
+for kind, (make, inputs) in tools.MODELS.items():
+    model = make()
+    model.load_weights(f"{folder}/{kind}.weights.h5")
+    keras_dcft.load_dcft_weights(model, f"{folder}/{kind}.dcft.safetensors")
+    np.save(f"{folder}/{kind}.npy", tools.predict(model, inputs()))
+    merged = keras.saving.load_model(f"{folder}/{kind}-merged.keras")
+    np.save(f"{folder}/{kind}-merged.npy", tools.predict(merged, inputs()))
+    removed = keras.saving.load_model(f"{folder}/{kind}-removed.keras")
+    np.save(f"{folder}/{kind}-removed.npy", tools.predict(removed, inputs()))
+    print(kind, type(model).__name__, type(merged).__name__, type(removed).__name__)
+bases = {"task": keras_hub.models.TextClassifier, "backbone": keras_hub.models.Backbone}
+for kind, base in bases.items():
+    for state in ("adapted", "merged"):
+        model = base.from_preset(f"{folder}/{kind}-{state}-preset")
+        outputs = tools.predict(model, tools.MODELS[kind][1]())
+        np.save(f"{folder}/{kind}-{state}-preset.npy", outputs)
+        print(kind, state, type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_files_and_merged_models_load_in_a_new_process_on_every_backend(
+    backend, tmp_path, run_python
+):
+    expected, exact = {}, set()
+    for kind, (_, inputs) in MODELS.items():
+        model = adapted(kind)
+        expected[kind] = expected[f"{kind}-merged"] = predict(model, inputs())
+        save_dcft_weights(model, tmp_path / f"{kind}.dcft.safetensors")
+        removed = plain_like(model, kind)
+        expected[f"{kind}-removed"] = predict(removed, inputs())
+        removed.save_weights(tmp_path / f"{kind}.weights.h5")
+        removed.save(tmp_path / f"{kind}-removed.keras")
+        exact |= {kind, f"{kind}-removed"}
+        if kind in ("task", "backbone"):
+            model.save_to_preset(str(tmp_path / f"{kind}-adapted-preset"))
+            expected[f"{kind}-adapted-preset"] = expected[f"{kind}-merged-preset"] = expected[kind]
+            exact.add(f"{kind}-adapted-preset")
+        merge_dcft(model).save(tmp_path / f"{kind}-merged.keras")
+        if kind in ("task", "backbone"):
+            model.save_to_preset(str(tmp_path / f"{kind}-merged-preset"))
+    printed = run_python(READ_IN_NEW_PROCESS.replace("{folder}", str(tmp_path)), backend)
+    lines = [line.split() for line in printed.splitlines()]
+    for kind, (make, _) in MODELS.items():
+        cls = type(make()).__name__
+        assert [kind, f"DCFT{cls}", cls, cls] in lines
+    for kind, cls in (("task", "BertTextClassifier"), ("backbone", "BertBackbone")):
+        assert [kind, "adapted", f"DCFT{cls}"] in lines
+        assert [kind, "merged", cls] in lines
+    for name, outputs in expected.items():
+        difference = np.abs(np.load(tmp_path / f"{name}.npy") - outputs).max()
+        if backend == keras.backend.backend() and name in exact:
+            assert difference == 0, name
+        else:
+            assert difference <= 1e-5 * max(1, np.abs(outputs).max()), name
+
+
+# --- damage ---
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "a.dcft.safetensors"
+    save_dcft_weights(adapted("sequential"), path)
+    return path.read_bytes()
+
+
+def damaged_versions(intact):
+    lengths = {len(intact) * percent // 100 for percent in range(100)} | set(range(256))
+    for length in sorted(x for x in lengths if x < len(intact)):
+        yield f"the first {length} bytes", intact[:length]
+    header = 8 + int.from_bytes(intact[:8], "little")
+    for position in range(header):
+        flipped = bytes([intact[position] ^ 0x11])
+        yield f"byte {position} flipped", intact[:position] + flipped + intact[position + 1 :]
+    middle = (header + len(intact)) // 2
+    yield "a flipped value", intact[:middle] + b"\x55" + intact[middle + 1 :]
+    yield "another file", hashlib.sha256(intact).digest() * 10
+
+
+def test_every_damage_is_an_error_that_changes_nothing(intact, tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    path.write_bytes(intact)
+    plain, enabled = sequential(), adapted("sequential")
+    states = [(model, snapshot(model)) for model in (plain, enabled)]
+    for description, content in damaged_versions(intact):
+        path.write_bytes(content)
+        for model, _ in states:
+            with pytest.raises(ValueError, match=r"a\.dcft\.safetensors: ") as raised:
+                load_dcft_weights(model, path)
+            assert raised.value, description
+    for model, before in states:
+        assert_unchanged(model, before)
+    path.write_bytes(intact)
+    load_dcft_weights(plain, path)
+
+
+def rewritten(intact, change):
+    """The file with its metadata or tensors changed, and a checksum that fits."""
+    tensors = safetensors.numpy.load(intact)
+    size = int.from_bytes(intact[:8], "little")
+    metadata = json.loads(intact[8 : 8 + size])["__metadata__"]
+    change(tensors, metadata)
+    metadata["checksum"] = _checksum(tensors, metadata)
+    return safetensors.numpy.save(tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.update(format_version="2"), "newer keras_dcft. Expected: .* 1 .*Found: 2"),
+        (lambda t, m: m.update(format="other"), "not an adapter file .*Found: format='other'"),
+        (lambda t, m: t.pop("adapter/dense/dcft_a"), "not in the file: .'adapter/dense/dcft_a'"),
+        (lambda t, m: t.update(more=np.zeros(2)), "not in the model: .'more'"),
+        (
+            lambda t, m: t.update({"adapter/dense/dcft_a": np.zeros((4, 1), "float32")}),
+            r"'adapter/dense/dcft_a' has another shape. Expected: \(3, 1\). Found: \(4, 1\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(intact, change, message, tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    path.write_bytes(rewritten(intact, change))
+    for model in (sequential(), adapted("sequential")):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            load_dcft_weights(model, path)
+        assert_unchanged(model, before)
+
+
+def test_other_architectures_and_settings_are_refused(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(adapted("backbone"), path)
+    with pytest.raises(ValueError, match=r"Expected: layer 'transformer_layer_0/.*no such layer"):
+        load_dcft_weights(sequential(), path)
+    save_dcft_weights(adapted("sequential"), path)
+    wider = keras.Sequential([keras.Input((12,)), keras.layers.Dense(24), keras.layers.Dense(9)])
+    with pytest.raises(ValueError, match=r"'dense' .* \(12, 20\). Found: \(12, 24\)"):
+        load_dcft_weights(wider, path)
+    deeper = keras.Sequential([keras.Input((12,)), *(keras.layers.Dense(n) for n in (20, 9, 9))])
+    with pytest.raises(ValueError, match="Expected: no layer 'dense_2'"):
+        load_dcft_weights(deeper, path)
+    for arguments, found in [
+        ({"rank": 2}, "Expected: rank=1. Found: rank=2"),
+        ({"alpha": 8}, "Expected: alpha=4.0. Found: alpha=8.0"),
+        ({"kernel_size": 2}, "Found: layers={'dense': 2"),
+    ]:
+        model = enable_dcft(sequential(), **{"kernel_size": 4, **arguments})
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=found):
+            load_dcft_weights(model, path)
+        assert_unchanged(model, before)
+
+
+def test_names_and_folders_are_checked(tmp_path):
+    model = adapted("sequential")
+    for call in (save_dcft_weights, load_dcft_weights):
+        with pytest.raises(ValueError, match=r"must end with `\.dcft\.safetensors`"):
+            call(model, tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError):
+        load_dcft_weights(model, tmp_path / "none.dcft.safetensors")
+    with pytest.raises(FileNotFoundError):
+        save_dcft_weights(model, tmp_path / "none" / "a.dcft.safetensors")
+    with pytest.raises(ValueError, match="must be adapted with `enable_dcft`"):
+        save_dcft_weights(sequential(), tmp_path / "a.dcft.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+SAVE_FOR_EVER = """
+import sys
+import keras_dcft, tools
+model = tools.sequential()
+keras_dcft.enable_dcft(model, kernel_size=4)
+number = 0
+while True:
+    number += 1
+    for v in model.trainable_variables:
+        v.assign(v * 0 + number)
+    keras_dcft.save_dcft_weights(model, sys.argv[1])
+    print(number, flush=True)
+"""
+
+
+def test_a_file_is_whole_after_every_kill(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, str(path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            stdout=subprocess.PIPE,
+        )
+        process.stdout.readline()
+        time.sleep(float(rng.uniform(0, 0.2)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        model = load_dcft_weights(sequential(), path)
+        assert len({float(x) for v in values(model.trainable_variables) for x in v.ravel()}) == 1
+
+
+def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    model = adapted("sequential")
+    errors, seen, stop = [], set(), threading.Event()
+
+    def write(number):
+        for variable in model.trainable_variables:
+            variable.assign(np.full(variable.shape, number))
+        save_dcft_weights(model, path)
+
+    write(0)
+
+    def read():
+        try:
+            reader = adapted("sequential")
+            while not stop.is_set():
+                load_dcft_weights(reader, path)
+                found = {float(x) for v in values(reader.trainable_variables) for x in v.ravel()}
+                assert len(found) == 1
+                seen.update(found)
+        except BaseException as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in range(1, 60):
+            write(number)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert errors == []
+    assert len(seen) > 1
+
+
+@pytest.mark.real
+def test_the_minilm_file_is_small(tmp_path):
+    import keras_hub
+    from finetune_text_classifier import default_preset
+
+    backbone = keras_hub.models.BertBackbone.from_preset(str(default_preset()))
+    enable_dcft(backbone)
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(backbone, path)
+    assert path.stat().st_size < 60_000
+
+
+def test_swapping_neither_retraces_nor_touches_the_base(tmp_path):
+    model = adapted("sequential")
+    inputs = vectors()
+    paths = []
+    for seed in range(2):
+        randomize_adapters(model, seed)
+        paths.append((tmp_path / f"{seed}.dcft.safetensors", predict(model, inputs)))
+        save_dcft_weights(model, paths[-1][0])
+    base = [v for v in model.weights if "dcft" not in v.name]
+    before, function = values(base), model.predict_function
+    for path, expected in paths * 2:
+        load_dcft_weights(model, path)
+        np.testing.assert_array_equal(predict(model, inputs), expected)
+    assert model.predict_function is function
+    assert differences(before, values(base)) == [0.0] * len(base)
+
+
+# --- merged, removed, switched off ---
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_merged_models_are_plain_and_predict_the_same(kind, tmp_path):
+    model, inputs = adapted(kind), MODELS[kind][1]()
+    cls = model.base_class
+    expected = predict(model, inputs)
+    assert merge_dcft(model) is model
+    assert type(model) is cls
+    assert not any(type(x).__module__.startswith("keras_dcft") for x in model._flatten_layers())
+    assert not any("dcft" in v.path for v in model.variables)
+    difference = np.abs(predict(model, inputs) - expected).max()
+    assert difference <= 1e-5 * max(1, np.abs(expected).max())
+    enable_dcft(model, kernel_size=2)
+    assert np.abs(predict(model, inputs) - expected).max() <= 2e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_removing_gives_the_base_model_back(kind, reloaded, tmp_path):
+    model, inputs = MODELS[kind][0](), MODELS[kind][1]()
+    model._flatten_layers(include_self=False)[-1].trainable = False
+    expected = predict(model, inputs)  # before the snapshot: a task's preprocessor is built by it
+    before, cls = snapshot(model), type(model)
+    enable_dcft(model, kernel_size=4, dropout=0.1)
+    randomize_adapters(model)
+    if reloaded:
+        model.save(tmp_path / "m.keras")
+        model = keras.saving.load_model(tmp_path / "m.keras")
+    assert remove_dcft(model) is model
+    assert type(model) is cls
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+    if not reloaded:
+        assert_unchanged(model, before)
+
+
+def test_a_removed_or_merged_model_trains_in_full_again():
+    for undo in (remove_dcft, merge_dcft):
+        model = adapted("sequential")
+        model.fit(vectors(), np.ones((4, 9)), verbose=0)
+        undo(model)
+        before = values(model.weights)
+        model.fit(vectors(), np.ones((4, 9)), verbose=0)
+        assert all(d > 0 for d in differences(before, values(model.weights)))
+
+
+def test_directly_built_layers_are_merged_and_removed():
+    import keras_dcft
+
+    for undo in (remove_dcft, merge_dcft):
+        model = keras.Sequential([keras.Input((12,)), keras_dcft.DCFTDense(8, dropout=0.1)])
+        randomize_adapters(model)
+        expected = predict(model, vectors())
+        undo(model)
+        assert type(model.layers[0]) is keras.layers.Dense
+        assert [v.name for v in model.trainable_variables] == ["kernel", "bias"]
+        same = np.abs(predict(model, vectors()) - expected).max() < 1e-5
+        assert same == (undo is merge_dcft)
+
+
+@pytest.mark.parametrize("verb", [merge_dcft, remove_dcft, lambda m: dcft_disabled(m).__enter__()])
+def test_what_is_not_adapted_is_refused(verb):
+    with pytest.raises(ValueError, match="must have DCFT layers"):
+        verb(sequential())
+    with pytest.raises(TypeError, match=r"must be a keras\.Model"):
+        verb("model")
+
+
+def test_a_part_of_an_adapted_model_is_not_merged_alone():
+    model = adapted("functional_around_backbone")
+    backbone = next(x for x in model.layers if type(x).__name__ == "BertBackbone")
+    for verb in (merge_dcft, remove_dcft):
+        with pytest.raises(ValueError, match="a part of the adapted model"):
+            verb(backbone)
+
+
+MERGED_WITHOUT_THE_PACKAGE = """
+import sys
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "keras_dcft":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuses())
+import keras, keras_hub, numpy as np, tools
+for name in ("task", "sequential"):
+    model = keras.saving.load_model(f"{folder}/{name}.keras")
+    np.save(f"{folder}/{name}.npy", tools.predict(model, tools.MODELS[name][1]()))
+task = keras_hub.models.TextClassifier.from_preset("{folder}/preset")
+np.save("{folder}/preset.npy", tools.predict(task, tools.TEXTS[:4]))
+"""
+
+
+def test_merged_models_load_where_this_package_does_not_exist(tmp_path, run_python):
+    expected = {}
+    for kind in ("task", "sequential"):
+        model = merge_dcft(adapted(kind))
+        model.save(tmp_path / f"{kind}.keras")
+        expected[kind] = predict(model, MODELS[kind][1]())
+        if kind == "task":
+            model.save_to_preset(str(tmp_path / "preset"))
+            expected["preset"] = expected[kind]
+    run_python(MERGED_WITHOUT_THE_PACKAGE.replace("{folder}", str(tmp_path)))
+    for name, outputs in expected.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), outputs)
+
+
+EXPORTED_WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["keras_dcft"] = sys.modules["keras"] = None
+import numpy as np
+inputs = np.load("{folder}/inputs.npy")
+if "{format}" == "torch":
+    import torch
+    model = torch.export.load("{folder}/m.pt2").module()
+    rows = torch.from_numpy(inputs).split(1)  # Keras exports to torch for batches of one
+    outputs = torch.cat([model(row) for row in rows]).detach().numpy()
+else:
+    import tensorflow as tf
+    model = tf.saved_model.load("{folder}/m")
+    outputs = model.serve(inputs).numpy()
+np.save("{folder}/outputs.npy", outputs)
+"""
+
+
+def test_merged_models_are_exported(tmp_path, run_python):
+    model = adapted("sequential")
+    expected = predict(model, vectors())
+    merge_dcft(model)
+    is_torch = keras.backend.backend() == "torch"
+    export_format = "torch" if is_torch else "tf_saved_model"
+    model.export(str(tmp_path / ("m.pt2" if is_torch else "m")), format=export_format)
+    np.save(tmp_path / "inputs.npy", vectors())
+    program = EXPORTED_WITHOUT_THE_PACKAGE.replace("{format}", export_format)
+    run_python(program.replace("{folder}", str(tmp_path)))
+    np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_disabled_models_predict_as_their_base(kind):
+    model, inputs = MODELS[kind][0](), MODELS[kind][1]()
+    base = predict(model, inputs)
+    enable_dcft(model, kernel_size=4)
+    randomize_adapters(model)
+    expected = predict(model, inputs)
+    function = model.predict_function
+    with dcft_disabled(model):
+        assert np.abs(predict(model, inputs) - base).max() < 1e-6
+        with dcft_disabled(model):
+            assert np.abs(predict(model, inputs) - base).max() < 1e-6
+        assert np.abs(predict(model, inputs) - base).max() < 1e-6
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+    assert model.predict_function is function
+    with pytest.raises(RuntimeError, match="inside"), dcft_disabled(model):
+        raise RuntimeError("inside")
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+
+
+def test_a_part_can_be_disabled():
+    model = adapted("task")
+    inputs = TEXTS[:4]
+    expected = predict(model, inputs)
+    with dcft_disabled(model.backbone):
+        assert np.abs(predict(model, inputs) - expected).max() > 0
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+
+
+def test_what_is_saved_while_disabled_has_its_adapters(tmp_path):
+    model = adapted("sequential")
+    expected = predict(model, vectors())
+    with dcft_disabled(model):
+        model.save(tmp_path / "m.keras")
+        save_dcft_weights(model, tmp_path / "a.dcft.safetensors")
+        with pytest.raises(ValueError, match="inside `dcft_disabled`"):
+            merge_dcft(model)
+    restored = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(predict(restored, vectors()), expected)
+    randomize_adapters(model, seed=5)
+    load_dcft_weights(model, tmp_path / "a.dcft.safetensors")
+    np.testing.assert_array_equal(predict(model, vectors()), expected)
+
+
+def test_low_precision_kernels_are_merged_to_their_own_precision():
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(8, dtype="bfloat16")])
+    enable_dcft(model, kernel_size=4)
+    randomize_adapters(model)
+    layer = model.layers[0]
+    base, increment = array(keras.ops.cast(layer._kernel, "float32")), array(layer.dcft_increment())
+    merge_dcft(model)
+    merged = array(keras.ops.cast(layer.kernel, "float32"))
+    assert layer.kernel.dtype == "bfloat16"
+    assert np.all(np.abs(merged - (base + increment)) <= 2**-8 * np.abs(base + increment))
+
+
+def test_backbone_and_task_files_say_what_is_missing(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(adapted("task"), path)
+    backbone = bert_backbone()
+    before = snapshot(backbone)
+    with pytest.raises(ValueError, match=r"not in the model: .*'trained/logits/0\.kernel'"):
+        load_dcft_weights(backbone, path)
+    assert_unchanged(backbone, before)
+    save_dcft_weights(adapted("backbone"), path)
+    with pytest.raises(ValueError, match=r"not in the file: .'trained/logits/0\.kernel'"):
+        load_dcft_weights(bert_classifier(), path)
+
+
+def test_all_that_lies_outside_of_the_adapted_part_is_saved(tmp_path):
+    import keras_dcft
+
+    def make():
+        layers = [keras.layers.Dense(8), keras.layers.BatchNormalization(center=False, scale=False)]
+        inner = keras.Sequential([keras.Input((12,)), *layers], name="inner")
+        outer = [inner, keras_dcft.DCFTDense(8, kernel_size=4), keras.layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input((12,)), *outer])
+        model.compile("adam", "mse")
+        return model, inner
+
+    model, inner = make()
+    enable_dcft(inner, kernel_size=4, trainable_layers="normalization")
+    randomize_adapters(model)
+    model.fit(vectors(8), np.ones((8, 8)), epochs=2, verbose=0)
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(model, path)
+    other, other_inner = make()
+    other_inner.layers[0].set_weights([array(inner.layers[0]._kernel), array(inner.layers[0].bias)])
+    enable_dcft(other_inner, kernel_size=4, trainable_layers="normalization")
+    load_dcft_weights(other, path)
+    np.testing.assert_array_equal(predict(other, vectors()), predict(model, vectors()))
+
+
+def test_what_cannot_be_adapted_is_not_loaded_into(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(adapted("sequential"), path)
+    with_lora, constrained = sequential(), sequential()
+    with_lora.layers[0].enable_lora(2)
+    constrained.layers[0].kernel_constraint = keras.constraints.NonNeg()
+    cases = [(with_lora, "has Keras LoRA enabled"), (constrained, "has a kernel constraint")]
+    for model, message in cases:
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            load_dcft_weights(model, path)
+        assert_unchanged(model, before)
+
+
+def test_what_is_no_model_or_not_built_is_refused(tmp_path):
+    path = tmp_path / "a.dcft.safetensors"
+    save_dcft_weights(adapted("sequential"), path)
+    for call in (save_dcft_weights, load_dcft_weights):
+        with pytest.raises(TypeError, match=r"must be a keras\.Model"):
+            call("model", path)
+    with pytest.raises(ValueError, match="must be built"):
+        load_dcft_weights(keras.Sequential([keras.layers.Dense(4)]), path)
+
+
+def test_weights_loaded_while_disabled_are_kept(tmp_path):
+    model = adapted("sequential")
+    expected = predict(model, vectors())
+    model.save_weights(tmp_path / "m.weights.h5")
+    randomize_adapters(model, seed=4)
+    with dcft_disabled(model):
+        model.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(predict(model, vectors()), expected)

@@ -1,0 +1,147 @@
+"""What is done to every backbone: adapted, trained a step, saved, loaded, removed, merged."""
+
+import contextlib
+import re
+
+import keras
+import numpy as np
+from keras import ops
+from tools import array, randomize_adapters, values
+
+import backbones
+from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
+from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
+from keras_dcft.planning import dcft_layers, walk
+
+# Layers of these tiny backbones to which no gradient comes.
+WITHOUT_GRADIENT = {
+    "Gemma3nBackbone": (
+        r"decoder_block_1/attention/(k|v)_proj$",
+        "the last layer takes keys and values from an earlier one, its own are never called",
+    ),
+}
+if keras.backend.backend() == "torch":
+    WITHOUT_GRADIENT["SAM3PromptableConceptBackbone"] = (
+        r"/boxes_|geometry_encoder/.*/[qk]_proj$",
+        "on torch boxes need torchvision; without them there is a single token to attend to",
+    )
+
+WITHOUT_FILES = {
+    "FeaturePyramidBackbone": "its own configuration lacks its inputs and outputs",
+}
+
+
+class Step(keras.Model):
+    """A model around a backbone whose loss is the mean square of all its outputs."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def call(self, inputs):
+        outputs = self.backbone(inputs, training=True)
+        floats = [o for o in keras.tree.flatten(outputs) if "float" in str(o.dtype)]
+        self.add_loss(sum(ops.mean(ops.square(o)) for o in floats))
+        return ops.zeros((backbones.BATCH, 1))
+
+
+def flat_outputs(model, inputs):
+    # As in `predict`: torch multiplies in another order where gradients are wanted.
+    without_gradients = contextlib.nullcontext()
+    if keras.backend.backend() == "torch":
+        import torch
+
+        without_gradients = torch.no_grad()
+    with without_gradients:
+        outputs = keras.tree.flatten(model(inputs))
+    return [array(ops.cast(o, "float32")) for o in outputs]
+
+
+def frozen_outputs(model, inputs):
+    """The outputs of a model with frozen weights.
+
+    SegFormer always calls its BatchNormalization as in training, so what it computes depends on
+    whether that is frozen; and torch multiplies in another order by what is trained.
+    """
+    model.trainable = False
+    outputs = flat_outputs(model, inputs)
+    model.trainable = True
+    return outputs
+
+
+def difference(before, after) -> float:
+    """The largest difference, relative to an output's largest value where that is above 1."""
+    pairs = [(a, b) for a, b in zip(after, before) if b.size]
+    return max(float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in pairs)
+
+
+def measure(name: str, folder) -> dict:
+    """Does all of it to one tiny backbone and returns what was seen."""
+    model, inputs = backbones.make(name)
+    layers = walk(model)
+    dense = {path: layer for path, layer in layers.items() if isinstance(layer, DENSE_CLASSES)}
+    built = {path: layer for path, layer in dense.items() if layer.built}
+    seen = {
+        "parameters": model.count_params(),
+        "dense_layers": len(built),
+        "dense_parameters": sum(layer.count_params() for layer in built.values()),
+        "expert_parameters": _expert_parameters(layers.values()),
+        "unbuilt": sorted(set(dense) - set(built)),
+        "narrow": sorted(path for path, x in built.items() if min(matrix_shape_of(x)) < 2),
+    }
+    if not built:
+        try:
+            enable_dcft(model)
+        except ValueError as error:
+            seen["error"] = str(error)
+        return seen
+    for variable in model.weights:  # zeros would hide the layers before them
+        if len(variable.shape) > 1 and not np.any(array(variable)):
+            variable.assign(0.3 * keras.random.normal(variable.shape, seed=7))
+    base, frozen_base = flat_outputs(model, inputs), frozen_outputs(model, inputs)
+    narrow = [built[path] for path in seen["narrow"]]
+    exclude = (lambda layer: any(layer is x for x in narrow)) if narrow else None
+    enable_dcft(model, kernel_size=2, exclude_layers=exclude)
+    seen["adapted"] = sorted(model.dcft_config["layers"])
+    seen["trainable"] = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    seen["start_difference"] = difference(frozen_base, flat_outputs(model, inputs))
+
+    step = Step(model)
+    step.compile(keras.optimizers.SGD(1.0))
+    adapters = {id(v) for layer in dcft_layers(model) for v in layer.trainable_variables}
+    frozen = [v for v in model.weights if id(v) not in adapters]
+    before = values(frozen)
+    step.train_on_batch(inputs)
+    seen["changed_base_weights"] = [
+        v.path for v, old in zip(frozen, before) if not np.array_equal(array(v), old)
+    ]
+    without, _ = WITHOUT_GRADIENT.get(name, ("^$", ""))
+    seen["untrained"] = [
+        path
+        for path, layer in model._dcft_adaptation.layers.items()
+        if not np.any(array(layer.dcft_filter)) and not re.search(without, path)
+    ]
+
+    randomize_adapters(model, scale=0.15)  # more would make some of the deep models chaotic
+    adapted = flat_outputs(model, inputs)
+    seen["adapter_effect"] = difference(base, adapted)
+    if name not in WITHOUT_FILES:
+        model.save(f"{folder}/m.keras")
+        restored = keras.saving.load_model(f"{folder}/m.keras")
+        seen["file_difference"] = difference(adapted, flat_outputs(restored, inputs))
+        seen["same_config"] = restored.dcft_config == model.dcft_config
+        remove_dcft(restored)
+        seen["removed_difference"] = difference(base, flat_outputs(restored, inputs))
+    merge_dcft(model)
+    seen["merged_difference"] = difference(adapted, frozen_outputs(model, inputs))
+    seen["merged_class"] = type(model).__name__
+    return seen
+
+
+def _expert_parameters(layers) -> int:
+    return sum(
+        int(np.prod(variable.shape))
+        for layer in layers
+        if "Expert" in type(layer).__name__ or "MoE" in type(layer).__name__
+        for variable in keras_internals.own_weights(layer)
+    )

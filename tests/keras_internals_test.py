@@ -1,0 +1,139 @@
+"""What the package relies on inside Keras. A failure here says what Keras changed."""
+
+import keras
+import numpy as np
+import pytest
+from tools import array, sequential, values, vectors
+
+from keras_dcft import enable_dcft, keras_internals
+
+
+def built(layer, width=6):
+    layer.build((None, width))
+    return layer
+
+
+def test_a_built_layer_takes_new_weights_only_while_unlocked():
+    layer = built(keras.layers.Dense(4))
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.add_weight(name="late", shape=(1,))
+    with keras_internals.unlocked(layer):
+        layer.late = layer.add_weight(name="late", shape=(1,))
+    assert any(v is layer.late for v in layer.trainable_variables)
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.add_weight(name="later", shape=(1,))
+
+
+def test_sublayers_are_those_that_keras_sees():
+    model = sequential()
+    assert keras_internals.sublayers(model)[1:] == model.layers  # the first is the input layer
+    assert keras_internals.sublayers(model.layers[0]) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.layers.Dense(1),
+        lambda: keras.layers.EinsumDense("a,ab->b", 2),
+        keras.layers.LayerNormalization,
+    ],
+)
+def test_automatic_names_are_kerass(make):
+    first, second = make(), make()
+    automatic = keras_internals.automatic_name(type(first))
+    assert [first.name, second.name] == [automatic, f"{automatic}_1"]
+
+
+def test_frozen_variables_resist_every_toggle_and_keep_their_order():
+    layer = built(keras.layers.BatchNormalization())
+    names = [v.name for v in layer.weights]
+    variables = keras_internals.own_trainable_variables(layer)
+    keras_internals.freeze_variables(layer)
+    layer.trainable = False
+    layer.trainable = True
+    assert layer.trainable_variables == []
+    assert [v.name for v in layer.weights] == names
+    keras_internals.thaw_variables(layer, variables, [True, False])
+    assert [v.name for v in layer.weights] == names
+    assert [v.name for v in layer.trainable_variables] == ["gamma"]
+    layer.trainable = False  # TensorFlow's layers ignore an assignment that changes nothing
+    layer.trainable = True
+    assert [v.name for v in layer.trainable_variables] == ["gamma", "beta"]
+
+
+def test_frozen_variables_are_saved_and_loaded_as_before():
+    layer, store = built(keras.layers.BatchNormalization()), {}
+    for number, variable in enumerate(layer.weights):
+        variable.assign(np.full(6, number))
+    keras_internals.freeze_variables(layer)
+    layer.save_own_variables(store)
+    assert [array(store[str(i)])[0] for i in range(4)] == [0, 1, 2, 3]
+    other = built(keras.layers.BatchNormalization())
+    other.load_own_variables(store)
+    assert [array(v)[0] for v in other.weights] == [0, 1, 2, 3]
+
+
+def test_removed_variables_are_gone():
+    layer = built(keras.layers.Dense(4))
+    bias = layer.bias
+    keras_internals.remove_variable(layer, "bias")
+    assert [v.name for v in layer.weights] == ["kernel"]
+    assert not hasattr(layer, "bias")
+    if keras.backend.backend() == "torch":
+        assert bias.path not in layer.torch_params
+
+
+def test_removed_seed_generators_are_gone():
+    layer = keras.layers.Dropout(0.5)
+    assert len(layer.variables) == 1
+    keras_internals.remove_seed_generator(layer, "seed_generator")
+    assert layer.variables == []
+
+
+def test_the_flag_of_one_layer_leaves_those_below():
+    model = sequential()
+    keras_internals.set_trainable_flag(model, False)
+    assert not model.trainable
+    assert model.layers[0].trainable
+
+
+def test_every_model_holding_a_layer_is_found():
+    layer = keras.layers.Dense(4)
+    inner = keras.Sequential([keras.Input((6,)), layer])
+    outer = keras.Sequential([keras.Input((6,)), inner])
+    other = sequential()
+    found = {id(model) for model in keras_internals.models_holding([layer])}
+    assert {id(inner), id(outer)} <= found
+    assert id(other) not in found
+
+
+def test_resetting_forgets_functions_and_slots_but_not_settings():
+    model = sequential()
+    model.compile(keras.optimizers.SGD(0.25, momentum=0.5), "mse", metrics=["mae"])
+    model.fit(vectors(), np.ones((4, 9)), verbose=0)
+    model.predict(vectors(), verbose=0)
+    keras_internals.reset_compiled_state(model)
+    assert model.train_function is None
+    assert model.predict_function is None
+    assert not model.optimizer.built
+    state = "_compiled_trainable_state"  # not tracked, and so not exported
+    assert type(getattr(model, state)) is type(getattr(sequential(), state))
+    assert model.optimizer.get_config()["momentum"] == 0.5
+    assert model.get_compile_config()["optimizer"]["config"]["learning_rate"] == 0.25
+    before = values(model.trainable_variables)
+    history = model.fit(vectors(), np.ones((4, 9)), verbose=0).history
+    assert set(history) == {"loss", "mae"}
+    assert np.abs(before[0] - array(model.trainable_variables[0])).max() > 0
+
+
+def test_what_keras_saves_as_the_kernel_goes_through_the_hook(monkeypatch):
+    model = sequential()
+    enable_dcft(model, kernel_size=4)
+    layer = model.layers[0]
+    marker = np.full((12, 20), 7.0)
+    monkeypatch.setattr(
+        type(layer), "_get_kernel_with_merged_lora", lambda self: (marker, None, None)
+    )
+    store = {}
+    layer.save_own_variables(store)
+    assert store["0"] is marker
