@@ -31,9 +31,9 @@ RUNS = [
     ("tensorflow", "dcft", 5e-3, 0, 4),
     ("tensorflow", "dcft", 5e-3, 1, 8),
     ("tensorflow", "lora", 5e-3, 1, 8),
-    ("tensorflow", "dcft", 1e-3, 0, 8),
     ("tensorflow", "dcft", 5e-3, 2, 8),
     ("tensorflow", "lora", 5e-3, 2, 8),
+    ("tensorflow", "dcft", 1e-3, 0, 8),
 ]
 
 

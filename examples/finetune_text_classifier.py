@@ -163,14 +163,19 @@ def apply_method(classifier, options):
     if options.method == "dcft":
         enable_dcft(classifier, kernel_size=options.kernel_size, rank=options.rank)
     elif options.method == "lora":
-        classifier.backbone.trainable = False
-        for layer in walk(classifier.backbone).values():
-            if type(layer) in DENSE_CLASSES:
-                layer.trainable = True
-                layer.enable_lora(options.rank)
-        set_flags_above_trainable(classifier)
+        enable_keras_lora(classifier, options.rank)
     elif options.method == "head":
         classifier.backbone.trainable = False
+
+
+def enable_keras_lora(classifier, rank):
+    """Keras's own LoRA on the layers that DCFT adapts; the rest of the backbone is frozen."""
+    classifier.backbone.trainable = False
+    for layer in walk(classifier.backbone).values():
+        if type(layer) in DENSE_CLASSES:
+            layer.trainable = True
+            layer.enable_lora(rank)
+    set_flags_above_trainable(classifier)
 
 
 def set_flags_above_trainable(classifier):

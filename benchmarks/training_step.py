@@ -1,0 +1,466 @@
+"""Time and memory of a training step: DCFT beside the cheapest step possible, LoRA and others.
+
+    python benchmarks/training_step.py                              # everything, about an hour
+    python benchmarks/training_step.py --backends jax --models minilm
+    python benchmarks/training_step.py --models wide                # for a GPU
+    python benchmarks/training_step.py --report                     # table and chart from the JSON
+
+The *floor* trains one number vector, the bias of the first block's query layer: the backward pass
+runs through all layers and forms no weight gradient but that one. Times come from one process for
+each backend and model, in which all methods take turns, so that the machine's drift hits all alike;
+memory and the first step's time from a process for each method. Results go to
+`benchmarks/results/training_step.json`; what is there for the same machine is measured anew.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+RESULTS = ROOT / "benchmarks" / "results" / "training_step.json"
+CHART = ROOT / "docs" / "training_step.png"
+BACKENDS = ("tensorflow", "jax", "torch")
+# name: (batch, tokens, dtype policy, BERT's arguments or None for the real MiniLM weights)
+MODELS = {
+    "minilm": (16, 64, "float32", None),
+    "base": (
+        8,
+        256,
+        "float32",
+        {"num_layers": 4, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072},
+    ),
+    "wide": (
+        8,
+        1024,
+        "bfloat16",
+        {"num_layers": 8, "num_heads": 32, "hidden_dim": 4096, "intermediate_dim": 16384},
+    ),
+}
+VOCABULARY = 30522
+FLOOR = "floor"
+PEFT = "HF PEFT LoRA, rank 1"
+DCFT = {
+    f"DCFT, kernel size {d}, rank {r}": {"kernel_size": d, "rank": r}
+    for d, r in ((2, 1), (8, 1), (16, 1), (2, 4), (8, 4), (16, 4))
+}
+MAIN = "DCFT, kernel size 8, rank 1"
+FULL_INCREMENT = "DCFT 8, full increment"
+LORA = {f"Keras LoRA, rank {rank}": rank for rank in (1, 8)}
+METHODS = (FLOOR, *DCFT, FULL_INCREMENT, *LORA, "full fine-tuning", "head only")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--models", nargs="+", default=["minilm", "base"], choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=9, help="turns that each method gets")
+    parser.add_argument("--report", action="store_true", help="print the table, draw the chart")
+    parser.add_argument("--methods", nargs="+", help="only these (default: all)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--times-only", action="store_true", help="no memory and first-step runs")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.report:
+        draw(json.loads(options.output.read_text()), CHART)
+        return print(table(json.loads(options.output.read_text())))
+    if options.worker:
+        task, model = options.worker
+        result = times(model, options) if task == "times" else memory(model, *options.methods)
+        return print("RESULT " + json.dumps(result))
+    for model in options.models:
+        for backend in options.backends:
+            store(measure(backend, model, options), options.output)
+
+
+def measure(backend, model, options) -> dict:
+    """One backend and model: a dict of its conditions and of what was measured of each method."""
+    methods = options.methods or methods_of(backend)
+    print(f"{backend}, {model}: times of {len(methods)} methods", flush=True)
+    result = work(backend, "times", model, methods, options.rounds)
+    if not options.times_only:
+        for number, method in enumerate(methods, 1):
+            print(f"{backend}, {model}: memory [{number}/{len(methods)}] {method}", flush=True)
+            result["methods"][method].update(work(backend, "memory", model, [method], 1))
+    return result
+
+
+def methods_of(backend):
+    return (*METHODS, PEFT) if backend == "torch" else METHODS
+
+
+def work(backend, task, model, methods, rounds) -> dict:
+    """Runs this file as a worker in a process of its own."""
+    command = [sys.executable, __file__, "--worker", task, model, "--rounds", str(rounds)]
+    process = subprocess.run(
+        [*command, "--methods", *methods],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def store(result, path):
+    results = json.loads(path.read_text()) if path.exists() else []
+    keys = ("backend", "model", "device")
+    same = [all(old[key] == result[key] for key in keys) for old in results]
+    results = [old for old, replaced in zip(results, same) if not replaced] + [result]
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# What a worker does.
+
+
+def times(model, options) -> dict:
+    """Median and quartiles of each method's step time and of its ratio to the floor."""
+    import keras
+
+    steps = {method: make_step(model, method) for method in options.methods}
+    for step in steps.values():
+        step()
+        step()
+    seconds = {method: [] for method in steps}
+    order = list(steps)
+    for number in range(options.rounds):
+        random.Random(number).shuffle(order)
+        for method in order:
+            start = time.perf_counter()
+            steps[method]()
+            steps[method]()
+            seconds[method].append((time.perf_counter() - start) / 2)
+    methods = {}
+    for method in options.methods:
+        measured = {"milliseconds": spread([1000 * s for s in seconds[method]])}
+        for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, PEFT):
+            if other in seconds:
+                pairs = zip(seconds[method], seconds[other])
+                measured[f"ratio to {other}"] = spread([a / b for a, b in pairs])
+        methods[method] = measured
+    batch, tokens, dtype, arguments = MODELS[model]
+    return {
+        "backend": keras.backend.backend(),
+        "model": model,
+        "device": device(),
+        "batch": batch,
+        "tokens": tokens,
+        "dtype": dtype,
+        "arguments": arguments,
+        "rounds": options.rounds,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "methods": methods,
+    }
+
+
+def spread(values) -> dict:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+
+
+def memory(model, method) -> dict:
+    """Peak memory over a few steps, the first step's time, and what the optimizer holds."""
+    step = make_step(model, method)
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    for _ in range(3):
+        step()
+    return {
+        "first_step_seconds": round(first, 2),
+        "peak_memory_bytes": peak_memory(),
+        "optimizer_bytes": step.optimizer_bytes(),
+        "trainable_parameters": step.trainable_parameters,
+    }
+
+
+def peak_memory() -> int:
+    import keras
+
+    backend = keras.backend.backend()
+    if device_kind() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    import tensorflow as tf
+
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
+def device_kind() -> str:
+    import keras
+
+    return keras.distribution.list_devices()[0].split(":")[0]
+
+
+def device() -> str:
+    if device_kind() == "cpu":
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        name = names[0].split(":")[1].strip() if names else platform.processor()
+        return f"{len(os.sched_getaffinity(0))} cores of {name}"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def versions() -> dict:
+    from importlib.metadata import version
+
+    import keras
+
+    names = ["keras", "keras-hub", keras.backend.backend()]
+    names += ["transformers", "peft"] if keras.backend.backend() == "torch" else []
+    return {name: version(name) for name in names}
+
+
+def make_step(model, method):
+    """A callable that runs one training step of the method on random tokens and waits for it."""
+    return PeftStep(model) if method == PEFT else KerasStep(model, method)
+
+
+def batch_of(model):
+    import numpy as np
+
+    batch, tokens, _, _ = MODELS[model]
+    generator = np.random.default_rng(0)
+    token_ids = generator.integers(1000, VOCABULARY, (batch, tokens)).astype("int32")
+    return token_ids, generator.integers(0, 2, batch).astype("int32")
+
+
+class KerasStep:
+    def __init__(self, model, method):
+        import keras
+        import numpy as np
+
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(MODELS[model][2])
+        self.task = make_classifier(model)
+        apply_method(self.task, method)
+        self.task.compile(
+            optimizer=keras.optimizers.Adam(1e-4),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        token_ids, self.labels = batch_of(model)
+        self.inputs = {
+            "token_ids": token_ids,
+            "padding_mask": np.ones_like(token_ids),
+            "segment_ids": np.zeros_like(token_ids),
+        }
+        sizes = [int(np.prod(v.shape)) for v in self.task.trainable_variables]
+        self.trainable_parameters = sum(sizes)
+
+    def __call__(self):
+        return float(self.task.train_on_batch(self.inputs, self.labels))
+
+    def optimizer_bytes(self) -> int:
+        import numpy as np
+
+        variables = self.task.optimizer.variables
+        return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)
+
+
+def make_classifier(model):
+    import keras_hub
+    from finetune_text_classifier import default_preset
+
+    arguments = MODELS[model][3]
+    if arguments is None:
+        return keras_hub.models.BertTextClassifier.from_preset(
+            str(default_preset()), num_classes=2, preprocessor=None
+        )
+    tokens = MODELS[model][1]
+    backbone = keras_hub.models.BertBackbone(VOCABULARY, max_sequence_length=tokens, **arguments)
+    return keras_hub.models.BertTextClassifier(backbone, num_classes=2, preprocessor=None)
+
+
+def apply_method(task, method):
+    """Decides what of the task is trained."""
+    from finetune_text_classifier import enable_keras_lora
+
+    from keras_dcft import enable_dcft
+
+    if method == FLOOR:
+        query = task.backbone.transformer_layers[0]._self_attention_layer.query_dense
+        for variable in task.variables:
+            variable.trainable = variable is query.bias
+    elif method in DCFT:
+        enable_dcft(task, **DCFT[method])
+    elif method == FULL_INCREMENT:
+        enable_dcft(task, kernel_size=8)
+        for layer in task.backbone._flatten_layers():
+            if hasattr(layer, "dcft_increment"):
+                layer._product = product_with_increment.__get__(layer)
+                layer._increment_product = nothing
+    elif method in LORA:
+        enable_keras_lora(task, LORA[method])
+    elif method == "head only":
+        task.backbone.trainable = False
+
+
+def product_with_increment(layer, inputs, kernel):
+    # The authors' way: base plus increment is formed at every call, by the definition.
+    return type(layer)._product(layer, inputs, kernel + layer.dcft_increment())
+
+
+def nothing(inputs):
+    return 0.0
+
+
+class PeftStep:
+    def __init__(self, model):
+        import peft
+        import torch
+        import transformers
+        from finetune_text_classifier import default_preset
+
+        torch.manual_seed(0)
+        arguments = MODELS[model][3]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments is None:
+            base = transformers.AutoModelForSequenceClassification.from_pretrained(
+                default_preset(), num_labels=2
+            )
+        else:
+            base = transformers.BertForSequenceClassification(
+                transformers.BertConfig(
+                    vocab_size=VOCABULARY,
+                    hidden_size=arguments["hidden_dim"],
+                    num_hidden_layers=arguments["num_layers"],
+                    num_attention_heads=arguments["num_heads"],
+                    intermediate_size=arguments["intermediate_dim"],
+                    max_position_embeddings=MODELS[model][1],
+                )
+            )
+        base = base.to(device, dtype=getattr(torch, MODELS[model][2]))
+        # "dense" is every other linear layer of an encoder block, and the pooler's.
+        configuration = peft.LoraConfig(
+            task_type="SEQ_CLS", r=1, target_modules=["query", "key", "value", "dense"]
+        )
+        self.model = peft.get_peft_model(base, configuration).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, 1e-4)
+        self.trainable_parameters = sum(p.numel() for p in self.trained)
+        token_ids, labels = batch_of(model)
+        token_ids = torch.from_numpy(token_ids).long().to(device)
+        self.inputs = {
+            "input_ids": token_ids,
+            "attention_mask": torch.ones_like(token_ids),
+            "token_type_ids": torch.zeros_like(token_ids),
+            "labels": torch.from_numpy(labels).long().to(device),
+        }
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        loss = self.model(**self.inputs).loss
+        loss.backward()
+        self.optimizer.step()
+        return float(loss)
+
+    def optimizer_bytes(self) -> int:
+        states = (x for state in self.optimizer.state.values() for x in state.values())
+        return sum(x.numel() * x.element_size() for x in states)
+
+
+# The report.
+
+
+def table(results) -> str:
+    parts = []
+    for run in results:
+        architecture = (
+            "real MiniLM"
+            if run["arguments"] is None
+            else "BERT, " + ", ".join(f"{k} {v}" for k, v in run["arguments"].items())
+        )
+        parts.append(
+            f"**{run['backend']}**, {architecture}, {run['batch']} x {run['tokens']} tokens, "
+            f"{run['dtype']}, {run['device']}, {run['date']}, "
+            + ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+            + "\n\n| method | ms per step | ratio to the floor | trainable | first step "
+            "| peak memory | optimizer |\n|---|---:|---:|---:|---:|---:|---:|"
+        )
+        for method, measured in run["methods"].items():
+            ratio = measured[f"ratio to {FLOOR}"]
+            low, high = ratio["quartiles"]
+            row = f"| {method} | {measured['milliseconds']['median']:.0f} "
+            row += f"| {ratio['median']:.2f} ({low:.2f}–{high:.2f}) "
+            row += (
+                f"| {measured['trainable_parameters']:,} | {measured['first_step_seconds']:.1f} s "
+                f"| {measured['peak_memory_bytes'] / 1e6:,.0f} MB "
+                f"| {measured['optimizer_bytes'] / 1e3:,.0f} KB |"
+                if "peak_memory_bytes" in measured
+                else "| | | | |"
+            )
+            parts.append(row)
+        parts.append("")
+    return "\n".join(parts)
+
+
+def draw(results, path):
+    """Step time over the floor's, a panel for each model and device, a bar for each backend."""
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((run["model"], run["device"]) for run in results))
+    methods = (*METHODS, PEFT)
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(6 * len(panels) + 2, 6.5),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    colors = dict(zip(BACKENDS, ("tab:orange", "tab:blue", "tab:red")))
+    height = 0.8 / len(BACKENDS)
+    for axis, (model, name) in zip(axes[0], panels):
+        for run in results:
+            if (run["model"], run["device"]) != (model, name):
+                continue
+            shift = (BACKENDS.index(run["backend"]) - 1) * height
+            shown = [m for m in methods if m in run["methods"]]
+            ratios = [run["methods"][m][f"ratio to {FLOOR}"] for m in shown]
+            medians = [r["median"] for r in ratios]
+            errors = [
+                [m - r["quartiles"][0] for m, r in zip(medians, ratios)],
+                [r["quartiles"][1] - m for m, r in zip(medians, ratios)],
+            ]
+            axis.barh(
+                [methods.index(m) + shift for m in shown],
+                medians,
+                height,
+                xerr=errors,
+                color=colors[run["backend"]],
+                label=run["backend"],
+                error_kw={"linewidth": 0.8},
+            )
+        batch, tokens, dtype, _ = MODELS[model]
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{model}, {batch} x {tokens} tokens, {dtype}\n{name}", fontsize=10)
+        axis.set_xlabel("step time / floor (median, quartiles)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(methods)), methods)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
