@@ -2,6 +2,7 @@
 
 from keras_dcft.adaptation import dcft_disabled, enable_dcft, merge_dcft, remove_dcft
 from keras_dcft.adapters import load_dcft_weights, save_dcft_weights
+from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
 from keras_dcft.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
 from keras_dcft.layers import DCFTDense, DCFTEinsumDense
@@ -18,8 +19,10 @@ __all__ = [
     "DCFTReversibleEmbedding",
     "Orthonormality",
     "dcft_disabled",
+    "dcft_parameter_table",
     "dcft_summary",
     "enable_dcft",
+    "kernel_size_for_budget",
     "load_dcft_weights",
     "merge_dcft",
     "remove_dcft",

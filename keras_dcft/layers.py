@@ -549,13 +549,18 @@ def check_quantization(mode):
         )
 
 
+def check_positive_int(name, value):
+    """Raises TypeError for what is no int (or a bool), ValueError for an int below 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+
+
 def check_settings(kernel_size, rank, alpha, dropout, orthogonality):
     """Raises TypeError or ValueError for settings that no layer can have."""
-    for name, value in (("kernel_size", kernel_size), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}")
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+    check_positive_int("kernel_size", kernel_size)
+    check_positive_int("rank", rank)
     for name, value in (("alpha", alpha), ("dropout", dropout), ("orthogonality", orthogonality)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")

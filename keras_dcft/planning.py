@@ -149,7 +149,8 @@ def plan_adaptation(
         )
     targeted = {path: candidates[path] for path in targets}
     check_adaptable(targeted, layers)
-    kernel_sizes = _kernel_sizes(sizes, targeted)
+    kernel_sizes = choose_kernel_sizes(sizes, targeted)
+    _check_widths(sizes, kernel_sizes, targeted)
     _check_shared_sizes(kernel_sizes, targeted)
     return {
         "rank": rank,
@@ -237,7 +238,12 @@ def _matches(argument, pattern, layers):
     return [path for path in layers if expression.search(path)]
 
 
-def _kernel_sizes(sizes, targets):
+def choose_kernel_sizes(sizes, targets) -> dict:
+    """The kernel size of each targeted layer by its path, from patterns of which the first counts.
+
+    Raises:
+        ValueError: if a pattern matches nothing or a layer is left out.
+    """
     for pattern in sizes:
         if not _matches("kernel_size", pattern, targets):
             raise ValueError(
@@ -254,11 +260,17 @@ def _kernel_sizes(sizes, targets):
                 f"leaves out '{path}'."
             )
         chosen[path] = size
-    too_small = {
-        path: matrix_shape_of(layer)
-        for path, layer in targets.items()
-        if chosen[path] > min(matrix_shape_of(layer))
-    }
+    return chosen
+
+
+def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
+    """Matrix shapes, by path, of the targeted layers with a side below their kernel size."""
+    shapes = {path: matrix_shape_of(layer) for path, layer in targets.items()}
+    return {path: shape for path, shape in shapes.items() if kernel_sizes[path] > min(shape)}
+
+
+def _check_widths(sizes, kernel_sizes, targets):
+    too_small = narrower_than(kernel_sizes, targets)
     if too_small:
         names = _pattern(*too_small)
         shapes = ", ".join(f"'{path}' ({m} x {n})" for path, (m, n) in too_small.items())
@@ -268,7 +280,6 @@ def _kernel_sizes(sizes, targets):
             f"with `exclude_layers={names}` or train them in full with "
             f"`trainable_layers={names}`."
         )
-    return chosen
 
 
 def check_adaptable(targets: dict, layers: dict):

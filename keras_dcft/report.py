@@ -56,7 +56,7 @@ def dcft_summary(model: keras.Model, print_fn=None):
             f"{_count(layer):,}",
             f"{100 * _count(layer) / kernel:.3f} %",
         )
-    lora = sum(sum(layer.matrix_shape) for layer in layers)
+    lora = sum(sum(layer.matrix_shape) for layer in layers if not layer.shares_adapter)
     total = model.count_params()
     trained = sum(math.prod(v.shape) for v in model.trainable_variables)
     adapter_ids = {id(getattr(layer, name)) for layer in layers for name in ADAPTER_VARIABLES}

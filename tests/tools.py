@@ -179,3 +179,39 @@ def outputs_and_gradients(layer, inputs, cotangent, names):
     outputs = layer(inputs)
     ops.sum(outputs * ops.convert_to_tensor(cotangent)).backward()
     return array(outputs.detach()), values([v.value.grad for v in variables])
+
+
+@keras.saving.register_keras_serializable("keras_dcft_tests")
+class Tied(keras.Model):
+    """Two layers with one kernel, and one layer that is called twice."""
+
+    def __init__(self, equations=("bi,ij->bj", "bi,ij->bj"), **kwargs):
+        super().__init__(**kwargs)
+        self.equations = equations
+        self.first, self.second = (
+            keras.layers.EinsumDense(equation, (12,)) for equation in equations
+        )
+        self.last = keras.layers.Dense(12)
+
+    def build(self, input_shape):
+        for layer in (self.first, self.second, self.last):
+            layer.build(input_shape)
+        with_own_kernel = self.second._kernel
+        self.second._untrack_variable(with_own_kernel)
+        self.second._tracker.unlock()
+        self.second._kernel = self.first._kernel
+        self.second._tracker.lock()
+        self.built = True
+
+    def call(self, inputs):
+        return self.last(self.last(self.second(self.first(inputs))))
+
+    def get_config(self):
+        return {**super().get_config(), "equations": list(self.equations)}
+
+
+def tied(**arguments):
+    model = Tied(**arguments)
+    model.build((None, 12))
+    model(vectors())
+    return model
