@@ -77,7 +77,7 @@ def main():
         return print(table(json.loads(options.output.read_text())))
     if options.worker:
         task, model = options.worker
-        result = times(model, options) if task == "times" else memory(model, *options.methods)
+        result = times(model, options) if task == "times" else memory(model, options.methods[0])
         return print("RESULT " + json.dumps(result))
     for model in options.models:
         for backend in options.backends:
@@ -88,11 +88,15 @@ def measure(backend, model, options) -> dict:
     """One backend and model: a dict of its conditions and of what was measured of each method."""
     methods = options.methods or methods_of(backend)
     print(f"{backend}, {model}: times of {len(methods)} methods", flush=True)
-    result = work(backend, "times", model, methods, options.rounds)
+    result = work(
+        __file__, backend, "times", model, "--rounds", str(options.rounds), "--methods", *methods
+    )
     if not options.times_only:
         for number, method in enumerate(methods, 1):
             print(f"{backend}, {model}: memory [{number}/{len(methods)}] {method}", flush=True)
-            result["methods"][method].update(work(backend, "memory", model, [method], 1))
+            result["methods"][method].update(
+                work(__file__, backend, "memory", model, "--methods", method)
+            )
     return result
 
 
@@ -100,11 +104,10 @@ def methods_of(backend):
     return (*METHODS, PEFT) if backend == "torch" else METHODS
 
 
-def work(backend, task, model, methods, rounds) -> dict:
-    """Runs this file as a worker in a process of its own."""
-    command = [sys.executable, __file__, "--worker", task, model, "--rounds", str(rounds)]
+def work(file, backend, *arguments) -> dict:
+    """Runs a benchmark's file as a worker in a process of its own; its `RESULT` line is read."""
     process = subprocess.run(
-        [*command, "--methods", *methods],
+        [sys.executable, file, "--worker", *arguments],
         env={**os.environ, "KERAS_BACKEND": backend},
         stdout=subprocess.PIPE,
         text=True,
@@ -140,8 +143,7 @@ def times(model, options) -> dict:
         for method in order:
             start = time.perf_counter()
             steps[method]()
-            steps[method]()
-            seconds[method].append((time.perf_counter() - start) / 2)
+            seconds[method].append(time.perf_counter() - start)
     methods = {}
     for method in options.methods:
         measured = {"milliseconds": spread([1000 * s for s in seconds[method]])}
@@ -209,6 +211,10 @@ def peak_memory() -> int:
 def device_kind() -> str:
     import keras
 
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return "gpu" if torch.cuda.is_available() else "cpu"
     return keras.distribution.list_devices()[0].split(":")[0]
 
 
@@ -268,7 +274,7 @@ class KerasStep:
         self.trainable_parameters = sum(sizes)
 
     def __call__(self):
-        return float(self.task.train_on_batch(self.inputs, self.labels))
+        return self.task.train_on_batch(self.inputs, self.labels, return_dict=True)["loss"]
 
     def optimizer_bytes(self) -> int:
         import numpy as np

@@ -35,6 +35,10 @@ ADAPTER_SETTINGS = (
 # Keras's quantization modes that look at data, one layer after the other.
 CALIBRATED_MODES = ("gptq", "awq")
 
+# On PyTorch thin factors are padded to this many columns: MKL takes up to twice as long for
+# products of 2 to 15 columns as for 16 (docs/performance.md).
+TORCH_WIDTH = 16
+
 DEFAULT_KERNEL_SIZE = 8
 DEFAULT_ALPHA = 4.0
 
@@ -308,6 +312,22 @@ class DCFTKernel(DCFTLayer):
             outputs = self.activation(outputs)
         return outputs
 
+    def _rows_product(self, inputs, contracted_axes, output_sizes):
+        """The product with D and U as one of matrices, for inputs that end with what is contracted.
+
+        With the leading axes flattened, the gradients of D and U contract one axis instead of
+        several, which XLA's CPU backend turns into much faster code (docs/performance.md).
+        """
+        input_factor, output_factor = self._expanded_factors(self.compute_dtype)
+        width = input_factor.shape[1]
+        if keras.config.backend() == "torch" and 1 < width < TORCH_WIDTH:
+            input_factor = ops.pad(input_factor, ((0, 0), (0, TORCH_WIDTH - width)))
+            output_factor = ops.pad(output_factor, ((0, TORCH_WIDTH - width), (0, 0)))
+        rows = ops.reshape(inputs, (-1, self.matrix_shape[0]))
+        outputs = ops.matmul(ops.matmul(rows, input_factor), output_factor)
+        leading = ops.shape(inputs)[: len(inputs.shape) - contracted_axes]
+        return ops.reshape(outputs, (*leading, *output_sizes))
+
     def _get_kernel_with_merged_lora(self):
         # Keras saves what this returns under the base kernel's name. By default that is
         # `self.kernel`, with which the increment would be saved twice and count twice on loading.
@@ -394,8 +414,7 @@ class DCFTDense(DCFTKernel, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
 
     def _increment_product(self, inputs):
-        input_factor, output_factor = self._expanded_factors(self.compute_dtype)
-        return ops.matmul(ops.matmul(inputs, input_factor), output_factor)
+        return self._rows_product(inputs, 1, (self.units,))
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -471,6 +490,8 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
     def _increment_product(self, inputs):
         axes = einsum_axes(self.equation)
         contracted, outputs = axes.sizes(self.weight_shape_of(self))
+        if axes.is_rows_product:
+            return self._rows_product(inputs, len(contracted), outputs)
         input_factor, output_factor = self._expanded_factors(self.compute_dtype)
         width = input_factor.shape[1]
         hidden = ops.einsum(
@@ -491,6 +512,8 @@ class EinsumAxes:
         outputs: kernel axes that appear in the output, in the kernel's order.
         input_equation: the einsum of the inputs with D reshaped to (contracted..., r·d).
         output_equation: the einsum of its result with U reshaped to (r·d, outputs...).
+        is_rows_product: whether the equation is a product of matrices but for reshaping: inputs end
+            with the contracted axes and outputs with the kernel's others, in the kernel's order.
     """
 
     kernel: str
@@ -498,6 +521,7 @@ class EinsumAxes:
     outputs: str
     input_equation: str
     output_equation: str
+    is_rows_product: bool
 
     def sizes(self, kernel_shape) -> tuple[list, list]:
         """Sizes of the contracted and of the output axes of a kernel of this shape."""
@@ -531,6 +555,7 @@ def einsum_axes(equation: str) -> EinsumAxes:
         outputs=produced,
         input_equation=f"{inputs},{contracted}{z}->{kept}{z}",
         output_equation=f"{kept}{z},{z}{produced}->{outputs}",
+        is_rows_product=inputs == kept + contracted and outputs == kept + produced,
     )
 
 

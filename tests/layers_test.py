@@ -100,7 +100,7 @@ def valid_equations(draw):
     letters = iter("bcdefghij")
     kept, contracted, produced, summed = (
         [next(letters) for _ in range(draw(st.integers(least, most)))]
-        for least, most in ((0, 2), (1, 2), (1, 2), (0, 1))
+        for least, most in ((0, 2), (0, 2), (1, 2), (0, 1))
     )
     inputs, kernel, outputs = (
         "".join(draw(st.permutations(axes)))

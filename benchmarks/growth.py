@@ -1,0 +1,229 @@
+"""How the cost of DCFT grows: with rank, kernel size, width and tokens; and the cost of enabling.
+
+    python benchmarks/growth.py                  # all backends, some 15 minutes on two cores
+    python benchmarks/growth.py --report         # table and chart from the results
+
+One dense layer behind a trainable offset, so that the backward pass runs through it: the *floor*
+(layer frozen), DCFT, and Keras's LoRA of rank 1, turn by turn in one process for each backend. Then
+`enable_dcft` on a random Llama of 1.1 B parameters in bfloat16: time and added memory. Results go
+to `benchmarks/results/growth.json`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from training_step import BACKENDS, device, device_kind, spread, store, versions, work
+
+RESULTS = Path(__file__).parent / "results" / "growth.json"
+CHART = Path(__file__).parent.parent / "docs" / "growth.png"
+TYPICAL = {"width": 1024, "tokens": 1024, "kernel_size": 8, "rank": 1}
+SWEEPS = {
+    "rank": (1, 2, 4, 8, 16),
+    "kernel_size": (1, 2, 4, 8, 16, 32),
+    "width": (256, 512, 1024, 2048, 4096),
+    "tokens": (256, 512, 1024, 2048, 4096),
+}
+METHODS = ("floor", "DCFT", "Keras LoRA, rank 1")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--report", action="store_true", help="print the table, draw the chart")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.report:
+        results = json.loads(RESULTS.read_text())
+        draw([run for run in results if run["model"] == "one layer"])
+        return print(table([run for run in results if run["model"] == "enabling"]))
+    if options.worker:
+        worker = enabling if options.worker == "enabling" else one_layer
+        return print("RESULT " + json.dumps(worker(options.rounds)))
+    for backend in options.backends:
+        for subject in ("one layer", "enabling"):
+            print(f"{backend}: {subject}", flush=True)
+            store(work(__file__, backend, subject, "--rounds", str(options.rounds)), RESULTS)
+
+
+def conditions(model) -> dict:
+    import keras
+
+    backend = keras.backend.backend()
+    return {"backend": backend, "model": model, "device": device(), "versions": versions()}
+
+
+def one_layer(rounds) -> dict:
+    points = []
+    for axis, values in SWEEPS.items():
+        for value in values:
+            seconds = times_of({**TYPICAL, axis: value}, rounds)
+            point = {"axis": axis, "value": value}
+            for name in METHODS:
+                ratios = [a / b for a, b in zip(seconds[name], seconds["floor"])]
+                point[name] = {
+                    "milliseconds": spread([1000 * s for s in seconds[name]]),
+                    "ratio to floor": spread(ratios),
+                }
+            points.append(point)
+    return {**conditions("one layer"), "typical": TYPICAL, "rounds": rounds, "points": points}
+
+
+def times_of(sizes, rounds) -> dict:
+    import keras
+    import numpy as np
+
+    from keras_dcft import enable_dcft
+
+    class Offset(keras.layers.Layer):
+        def build(self, input_shape):
+            self.offset = self.add_weight(shape=(input_shape[-1],), initializer="zeros")
+
+        def call(self, inputs):
+            return inputs + self.offset
+
+    def make(name):
+        keras.utils.set_random_seed(0)
+        width = sizes["width"]
+        layer = keras.layers.Dense(width)
+        model = keras.Sequential([keras.Input((width,)), Offset(), layer])
+        if name == "DCFT":
+            enable_dcft(
+                model,
+                kernel_size=sizes["kernel_size"],
+                rank=sizes["rank"],
+                trainable_layers="offset",
+            )
+        else:
+            for variable in layer.variables:
+                variable.trainable = False
+        if name == "Keras LoRA, rank 1":
+            layer.enable_lora(1)
+        model.compile(optimizer=keras.optimizers.Adam(1e-4), loss="mse")
+        inputs = np.random.default_rng(0).normal(size=(sizes["tokens"], width)).astype("float32")
+        return lambda: model.train_on_batch(inputs, inputs)
+
+    steps = {name: make(name) for name in METHODS}
+    for step in steps.values():
+        step()
+        step()
+    seconds = {name: [] for name in METHODS}
+    order = list(METHODS)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def enabling(rounds) -> dict:
+    """Once: a model of this size is slow to make, and one that was adapted does not count."""
+    import keras
+    import keras_hub
+
+    from keras_dcft import enable_dcft
+
+    keras.config.set_dtype_policy("bfloat16")
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=32000,
+        num_layers=16,
+        num_query_heads=32,
+        hidden_dim=2048,
+        intermediate_dim=8192,
+        num_key_value_heads=8,
+    )
+    base_parameters = backbone.count_params()
+    memory_in_use()
+    before, start = memory_in_use(), time.perf_counter()
+    enable_dcft(backbone, kernel_size=8)
+    seconds, after = time.perf_counter() - start, memory_in_use()
+    return {
+        **conditions("enabling"),
+        "parameters": base_parameters,
+        "weight_bytes": 2 * base_parameters,
+        "layers": len(backbone.dcft_config["layers"]),
+        "seconds": round(seconds, 3),
+        "added_bytes": after - before,
+    }
+
+
+def memory_in_use() -> int:
+    """Highest memory so far (on a CPU since the last call): copies that were dropped count."""
+    import keras
+
+    if device_kind() == "cpu":
+        status = Path("/proc/self/status").read_text().splitlines()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+def table(results) -> str:
+    rows = [
+        "| backend | parameters | adapted layers | time | added memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for run in results:
+        share = 100 * run["added_bytes"] / run["weight_bytes"]
+        rows.append(
+            f"| {run['backend']} | {run['parameters']:,} | {run['layers']} "
+            f"| {run['seconds']:.2f} s | {run['added_bytes'] / 1e6:.1f} MB, {share:.2f} % |"
+        )
+    return "\n".join(rows)
+
+
+def draw(results):
+    import matplotlib.pyplot as plt
+
+    colors = dict(zip(METHODS, ("black", "tab:blue", "tab:orange")))
+    figure, axes = plt.subplots(
+        len(results),
+        len(SWEEPS),
+        figsize=(15, 3.2 * len(results) + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, run in zip(axes, results):
+        for axis, (swept, values) in zip(row, SWEEPS.items()):
+            points = [point for point in run["points"] if point["axis"] == swept]
+            for name in METHODS:
+                spreads = [point[name]["milliseconds"] for point in points]
+                axis.plot(
+                    values,
+                    [s["median"] for s in spreads],
+                    "o-",
+                    markersize=3,
+                    color=colors[name],
+                    label=name,
+                )
+                low, high = zip(*(s["quartiles"] for s in spreads))
+                axis.fill_between(values, low, high, color=colors[name], alpha=0.15)
+            axis.set_xscale("log", base=2)
+            if swept in ("width", "tokens"):
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.set_xticks(values, values)
+            axis.grid(alpha=0.3)
+            axis.set(xlabel=swept.replace("_", " "), title=run["backend"])
+        row[0].set_ylabel("ms per step")
+    axes[0][0].legend()
+    others = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in TYPICAL.items())
+    figure.suptitle(f"One dense layer; what is not swept: {others}; {results[0]['device']}")
+    figure.savefig(CHART, dpi=100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Time of predicting and generating: the base model, merged, and with live adapters.
+
+    python benchmarks/inference.py                   # all backends, some 10 minutes on two cores
+    python benchmarks/inference.py --report          # the table from the results
+
+In each backend's process the three variants take turns, so that the machine's drift hits all alike.
+Results go to `benchmarks/results/inference.json`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from training_step import (
+    BACKENDS,
+    MODELS,
+    VOCABULARY,
+    batch_of,
+    device,
+    make_classifier,
+    spread,
+    store,
+    versions,
+    work,
+)
+
+RESULTS = Path(__file__).parent / "results" / "inference.json"
+PROMPT, GENERATED, BATCH = 16, 48, 4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--models", nargs="+", default=["minilm", "base"], choices=MODELS)
+    parser.add_argument("--report", action="store_true", help="print the table and stop")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.report:
+        return print(table(json.loads(RESULTS.read_text())))
+    if options.worker:
+        return print("RESULT " + json.dumps(measure(options.worker, options.rounds)))
+    for backend in options.backends:
+        for subject in (*options.models, "generate"):
+            print(f"{backend}: {subject}", flush=True)
+            rounds = options.rounds if subject != "generate" else max(3, options.rounds // 3)
+            store(work(__file__, backend, subject, "--rounds", str(rounds)), RESULTS)
+
+
+def measure(subject, rounds) -> dict:
+    import keras
+
+    make = make_generator if subject == "generate" else make_predictor
+    variants = {name: make(subject, name) for name in ("base", "merged", "adapted")}
+    for run in variants.values():
+        run()
+        run()
+    seconds = {name: [] for name in variants}
+    order = list(variants)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    result = {
+        "backend": keras.backend.backend(),
+        "model": subject,
+        "device": device(),
+        "rounds": rounds,
+        "versions": versions(),
+        "milliseconds": {name: spread([1000 * s for s in seconds[name]]) for name in variants},
+        "ratio to base": {
+            name: spread([a / b for a, b in zip(seconds[name], seconds["base"])])
+            for name in ("merged", "adapted")
+        },
+    }
+    if subject == "generate":
+        result["tokens per second"] = {
+            name: round(BATCH * GENERATED * 1000 / spent["median"], 1)
+            for name, spent in result["milliseconds"].items()
+        }
+    return result
+
+
+def make_variant(model, name):
+    """The model itself, or adapted with random adapters, or merged after that."""
+    import numpy as np
+
+    from keras_dcft import enable_dcft, merge_dcft
+
+    if name == "base":
+        return model
+    enable_dcft(model, kernel_size=8)
+    for variable in model.trainable_variables:
+        if "dcft" in variable.name:
+            variable.assign(0.05 * np.random.default_rng(0).normal(size=variable.shape))
+    return model if name == "adapted" else merge_dcft(model)
+
+
+def make_predictor(subject, name):
+    import keras
+    import numpy as np
+
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(MODELS[subject][2])
+    task = make_variant(make_classifier(subject), name)
+    token_ids, _ = batch_of(subject)
+    inputs = {
+        "token_ids": token_ids,
+        "padding_mask": np.ones_like(token_ids),
+        "segment_ids": np.zeros_like(token_ids),
+    }
+    return lambda: task.predict_on_batch(inputs)
+
+
+def make_generator(subject, name):
+    import keras
+    import keras_hub
+    import numpy as np
+
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GPT2Backbone(
+        VOCABULARY, 6, 8, 512, 2048, max_sequence_length=PROMPT + GENERATED
+    )
+    model = make_variant(keras_hub.models.GPT2CausalLM(backbone, preprocessor=None), name)
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, PROMPT)).astype("int32")
+    inputs = {
+        "token_ids": np.pad(prompt, [(0, 0), (0, GENERATED)]),
+        "padding_mask": np.pad(np.ones_like(prompt), [(0, 0), (0, GENERATED)]),
+    }
+    return lambda: model.generate(inputs, stop_token_ids=None)
+
+
+def table(results) -> str:
+    rows = [
+        "| | backend | base | merged / base | adapted / base | tokens per second: base, merged, "
+        "adapted |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for run in results:
+        ratios = (run["ratio to base"][name] for name in ("merged", "adapted"))
+        told = (
+            f"{r['median']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" for r in ratios
+        )
+        tokens = ", ".join(f"{x:.0f}" for x in run.get("tokens per second", {}).values())
+        batch_and_tokens = (
+            f"GPT-2, 6 layers of 512, {BATCH} x {PROMPT} + {GENERATED}"
+            if run["model"] == "generate"
+            else "{}, {} x {}".format(run["model"], *MODELS[run["model"]][:2])
+        )
+        rows.append(
+            f"| {batch_and_tokens} | {run['backend']} "
+            f"| {run['milliseconds']['base']['median']:.0f} ms | {' | '.join(told)} | {tokens} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
