@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
 import numpy as np
-from finetune_text_classifier import accuracy, batches, default_preset, make_classifier
+from finetune_text_classifier import accuracy, batches, make_classifier
+from methods import default_preset, linear_decay
 from text_data import load_text_data
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, save_dcft_weights
@@ -66,7 +67,7 @@ def make_base(base, data):
 def measure(base, data) -> dict:
     classifier = enable_dcft(make_base(base, data))
     train = batches(data.train_texts, data.train_labels, 32, shuffle_seed=0)
-    schedule = keras.optimizers.schedules.PolynomialDecay(5e-3, 2 * len(train), 0.0)
+    schedule = linear_decay(5e-3, 2 * len(train))
     classifier.compile(
         optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

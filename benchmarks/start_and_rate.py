@@ -19,7 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
-from finetune_text_classifier import accuracy, batches, default_preset, make_classifier
+from finetune_text_classifier import accuracy, batches, make_classifier
+from methods import default_preset, linear_decay
 from text_data import TextData, glue_data
 
 from keras_dcft import enable_dcft
@@ -83,7 +84,7 @@ def measure(data, start, alpha, learning_rate, seed):
         classifier, alpha=alpha, factor_initializer=factors, filter_initializer=kernel_filter
     )
     train = batches(data.train_texts, data.train_labels, 32, shuffle_seed=seed)
-    schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, 2 * len(train), 0.0)
+    schedule = linear_decay(learning_rate, 2 * len(train))
     classifier.compile(
         optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import keras
 import keras_hub
 import numpy as np
-from finetune_text_classifier import default_preset
+from methods import default_preset
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
 

@@ -285,7 +285,7 @@ class KerasStep:
 
 def make_classifier(model):
     import keras_hub
-    from finetune_text_classifier import default_preset
+    from methods import default_preset
 
     arguments = MODELS[model][3]
     if arguments is None:
@@ -299,7 +299,7 @@ def make_classifier(model):
 
 def apply_method(task, method):
     """Decides what of the task is trained."""
-    from finetune_text_classifier import enable_keras_lora
+    from methods import enable_keras_lora
 
     from keras_dcft import enable_dcft
 
@@ -316,7 +316,7 @@ def apply_method(task, method):
                 layer._product = product_with_increment.__get__(layer)
                 layer._increment_product = nothing
     elif method in LORA:
-        enable_keras_lora(task, LORA[method])
+        enable_keras_lora(task.backbone, LORA[method])
     elif method == "head only":
         task.backbone.trainable = False
 
@@ -335,7 +335,7 @@ class PeftStep:
         import peft
         import torch
         import transformers
-        from finetune_text_classifier import default_preset
+        from methods import default_preset
 
         torch.manual_seed(0)
         arguments = MODELS[model][3]

