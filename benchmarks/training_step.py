@@ -13,6 +13,7 @@ memory and the first step's time from a process for each method. Results go to
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
@@ -92,11 +93,15 @@ def measure(backend, model, options) -> dict:
         __file__, backend, "times", model, "--rounds", str(options.rounds), "--methods", *methods
     )
     if not options.times_only:
-        for number, method in enumerate(methods, 1):
-            print(f"{backend}, {model}: memory [{number}/{len(methods)}] {method}", flush=True)
-            result["methods"][method].update(
-                work(__file__, backend, "memory", model, "--methods", method)
+        # Two at a time: neither memory nor tracing, which is one thread's work, takes a second core.
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            print(f"{backend}, {model}: memory and first steps", flush=True)
+            measured = pool.map(
+                lambda method: work(__file__, backend, "memory", model, "--methods", method),
+                methods,
             )
+            for method, values in zip(methods, measured):
+                result["methods"][method].update(values)
     return result
 
 

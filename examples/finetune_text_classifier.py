@@ -21,7 +21,6 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-import keras_hub
 import matplotlib
 import numpy as np
 import tensorflow as tf
@@ -33,6 +32,7 @@ from command_line import (
     run_or_exit,
 )
 from methods import LEARNING_RATES, apply_method, default_preset, linear_decay
+from text_classifier import batches, make_classifier
 from text_data import load_text_data
 
 from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
@@ -41,8 +41,6 @@ from keras_dcft.planning import walk
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-LONGEST_SEQUENCE = 128
 
 
 def main(arguments=None):
@@ -76,17 +74,6 @@ def run(options):
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
     }
-    if options.method != "head" and options.head_baseline:
-        print("\nHead only, for comparison (the base model is frozen and has no adapter):")
-        head_options = argparse.Namespace(**vars(options))
-        head_options.learning_rate = LEARNING_RATES["head"]
-        baseline = make_classifier(preset, data)
-        apply_method(baseline, "head")
-        train(baseline, data, head_options, PlotRecord())
-        results["head_only_accuracy"] = accuracy(baseline, data)
-        del baseline
-        keras.utils.set_random_seed(options.seed)
-
     classifier = make_classifier(preset, data)
     base_parameters = classifier.backbone.count_params()
     lora_parameters = lora_rank_1_parameters(classifier.backbone)
@@ -103,6 +90,9 @@ def run(options):
     record.held_out.append((0, results["accuracy_before"]))
     seconds = train(classifier, data, options, record)
     results["accuracy_after"] = record.held_out[-1][1]
+    if options.method != "head" and options.head_baseline:
+        print("\nHead only, for comparison (the base model is frozen and has no adapter):")
+        results["head_only_accuracy"] = head_only_accuracy(preset, data, options)
 
     model_file = output_dir / "model.keras"
     classifier.save(model_file)
@@ -139,17 +129,13 @@ def run(options):
         sys.exit("error: the reloaded model predicts something else.")
 
 
-def make_classifier(preset, data):
-    """A KerasHub text classifier for the data, its sequence length just long enough for it."""
-    classifier = keras_hub.models.TextClassifier.from_preset(
-        str(preset), num_classes=len(data.classes)
-    )
-    texts = [t if isinstance(t, str) else " ".join(t) for t in data.train_texts[:2000]]
-    lengths = [len(tokens) for tokens in classifier.preprocessor.tokenizer(texts)]
-    length = int(np.percentile(lengths, 98)) + 3
-    longest = min(LONGEST_SEQUENCE, classifier.preprocessor.sequence_length)
-    classifier.preprocessor.sequence_length = min(-(-length // 16) * 16, longest)
-    return classifier
+def head_only_accuracy(preset, data, options) -> float:
+    keras.utils.set_random_seed(options.seed)
+    classifier = make_classifier(preset, data)
+    apply_method(classifier, "head")
+    options = argparse.Namespace(**{**vars(options), "learning_rate": LEARNING_RATES["head"]})
+    train(classifier, data, options, PlotRecord())
+    return accuracy(classifier, data)
 
 
 def train(classifier, data, options, record) -> float:
@@ -173,19 +159,9 @@ def train(classifier, data, options, record) -> float:
     return time.perf_counter() - start
 
 
-def batches(texts, labels, batch_size, shuffle_seed=None):
-    """A `tf.data.Dataset` of the texts (or tuples of texts) and labels."""
-    texts = tuple(map(list, zip(*texts))) if isinstance(texts[0], tuple) else texts
-    dataset = tf.data.Dataset.from_tensor_slices((texts, labels))
-    if shuffle_seed is not None:
-        dataset = dataset.shuffle(len(labels), seed=shuffle_seed)
-    return dataset.batch(batch_size)
-
-
 def accuracy(classifier, data) -> float:
-    logits = classifier.predict(
-        batches(data.held_out_texts, data.held_out_labels, 64).map(lambda x, y: x), verbose=0
-    )
+    held_out = batches(data.held_out_texts, data.held_out_labels, 64)
+    logits = classifier.predict(held_out, verbose=0)
     return float(np.mean(np.argmax(logits, axis=-1) == np.array(data.held_out_labels)))
 
 
@@ -262,6 +238,8 @@ def parse_options(arguments=None):
         help="also train the head alone, to compare with",
     )
     options = parser.parse_args(arguments)
+    if options.dataset == "glue/stsb":
+        parser.error("argument --dataset: a regression, which finetune_glue.py trains: glue/stsb")
     if options.learning_rate is None:
         options.learning_rate = LEARNING_RATES[options.method]
     return options

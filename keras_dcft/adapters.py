@@ -7,8 +7,8 @@ Layout, format version 1. Tensors:
 
 Metadata: `format` ("keras_dcft"), `format_version`, `dcft_config` (JSON), `model_class`, `part`
 (the path of the adapted model in the model that was saved, empty if it is that), `architecture`
-(JSON, the kernel shape of every dense layer of the adapted model by path), `notes` (JSON, the
-caller's) and `checksum` (SHA-256 over all of this and the tensors).
+(JSON, the weight shape of every dense and embedding layer of the adapted model by path), `notes`
+(JSON, the caller's) and `checksum` (SHA-256 over all of this and the tensors).
 """
 
 import hashlib
@@ -25,7 +25,7 @@ import safetensors.numpy
 from keras import ops
 
 from keras_dcft import keras_internals
-from keras_dcft.conversion import DENSE_CLASSES, weight_shape_of
+from keras_dcft.conversion import DCFT_CLASSES, weight_shape_of
 from keras_dcft.layers import ADAPTER_VARIABLES
 from keras_dcft.models import adapt, adapted_part, release, reset_compiled_models, task_backbone
 from keras_dcft.planning import check_built, checked_model, dcft_layers, walk
@@ -38,9 +38,11 @@ FORMAT_VERSION = 1
 def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
     """Writes what was trained in an adapted model to a `*.dcft.safetensors` file.
 
-    That is the adapters, the layers trained in full beside them, and everything outside of the
-    adapted model, such as a task's head; no base weights. The file is written beside its place and
-    renamed, so that whatever happens the old file or the new one is there.
+    That is the adapters, the layers trained in full beside them, a task's head, and whatever else
+    is trainable at the time, such as layers around an adapted backbone; no base weights. (Where
+    `model.trainable` is False as a whole, that says nothing about the layers around the adapted
+    model: all of them are written.) The file is written beside its place and renamed, so that
+    whatever happens the old file or the new one is there.
 
     Args:
         model: a model adapted with `enable_dcft`.
@@ -82,7 +84,8 @@ def load_dcft_weights(model: keras.Model, path) -> keras.Model:
     """Loads an adapter file into a model, all of it or, with an error, nothing.
 
     A plain model is adapted first, with the file's settings. In a model that is adapted already
-    with the same settings only values are replaced: nothing is compiled or traced anew.
+    with the same settings only values are replaced: nothing is compiled or traced anew. Weights
+    that were trained when the file was written are trainable afterwards.
 
     Args:
         model: a built model of the architecture that the file was saved from.
@@ -122,16 +125,19 @@ def load_dcft_weights(model: keras.Model, path) -> keras.Model:
     else:
         adapt(model, config, part)
     try:
-        variables = _variables(model, part)
+        variables = _variables(model, part, also=tensors)
         _check_tensors(path, tensors, variables)
     except ValueError:
         if not was_adapted:
-            release(model)
+            release(part)
         raise
     if not was_adapted:
         reset_compiled_models(part._dcft_adaptation.layers.values())
+    unexpected = set(variables) - set(_variables(model, part))
     for name, variable in variables.items():
         variable.assign(tensors[name])
+        if name in unexpected:
+            variable.trainable = True
     return model
 
 
@@ -146,21 +152,44 @@ def _checked_path(path) -> Path:
     return Path(path)
 
 
-def _variables(model, part) -> dict:
-    """All that a file holds of a model, by the names that it has there."""
+def _variables(model, part, also=()) -> dict:
+    """All that a file holds of a model, by the names that it has there.
+
+    Args:
+        model: the model.
+        part: the adapted model at or below it.
+        also: names of weights to have in any case, if the model has them.
+    """
     variables = {}
     for path, layer in part._dcft_adaptation.layers.items():
         for name in ADAPTER_VARIABLES if not layer.shares_adapter else ():
             variables[f"adapter/{path}/{name}"] = getattr(layer, name)
-    # Not by `trainable`, a flag of the moment: what lies in the adapted model is trained if it was
-    # named as trained in full, and what lies outside of it is the user's own.
-    inside = {id(layer): path for path, layer in walk(part).items()} | {id(part): ""}
-    trained = set(part._dcft_adaptation.config["trainable_layers"])
+    adapters = {id(variable) for variable in variables.values()}
+    told = _told_to_be_trained(part)
+    inside = {id(layer) for layer in [part, *walk(part).values()]}
     for path, layer in {"": model, **walk(model)}.items():
-        if id(layer) not in inside or inside[id(layer)] in trained:
-            for number, variable in enumerate(keras_internals.own_weights(layer)):
-                variables[f"trained/{path}/{number}.{variable.name}"] = variable
+        weights = keras_internals.own_weights(layer)
+        # Flags may be off for the moment, so what is known to be trained does not need them.
+        whole = id(layer) in told or (id(layer) not in inside and not model.trainable)
+        # State such as moving statistics belongs to what is trained beside it.
+        whole = whole or (id(layer) not in inside and any(v.trainable for v in weights))
+        for number, variable in enumerate(weights):
+            name = f"trained/{path}/{number}.{variable.name}"
+            # Keras writes a float8 layer's scales, no weights, through the gradients' place.
+            trained = variable.trainable and not variable.overwrite_with_gradient
+            if id(variable) not in adapters and (whole or trained or name in also):
+                variables[name] = variable
     return variables
+
+
+def _told_to_be_trained(part) -> set:
+    """The layers, by identity, that adapting made trainable in full: named ones, a task's head."""
+    adaptation = part._dcft_adaptation
+    paths = walk(part)
+    inside = {id(layer) for layer in [part, *paths.values()]}
+    named = [paths[path] for path in adaptation.config["trainable_layers"]]
+    head = [t.layer for t in adaptation.trainability if id(t.layer) not in inside]
+    return {id(layer) for layer in (*named, *head)}
 
 
 def _array(variable) -> np.ndarray:
@@ -174,7 +203,7 @@ def _architecture(part) -> dict:
     return {
         path: list(weight_shape_of(layer))
         for path, layer in walk(part).items()
-        if isinstance(layer, DENSE_CLASSES) and layer.built
+        if isinstance(layer, tuple(DCFT_CLASSES)) and layer.built
     }
 
 
@@ -238,19 +267,19 @@ def _check_architecture(path, expected, found):
     for layer in expected:
         if layer not in found:
             raise ValueError(
-                f"{path}: made for another architecture. Expected: layer '{layer}' with a kernel "
+                f"{path}: made for another architecture. Expected: layer '{layer}' with a weight "
                 f"of shape {tuple(expected[layer])}. Found: no such layer in the model."
             )
         if expected[layer] != found[layer]:
             raise ValueError(
-                f"{path}: made for another architecture. Expected: layer '{layer}' with a kernel "
+                f"{path}: made for another architecture. Expected: layer '{layer}' with a weight "
                 f"of shape {tuple(expected[layer])}. Found: {tuple(found[layer])}."
             )
     extra = [layer for layer in found if layer not in expected]
     if extra:
         raise ValueError(
             f"{path}: made for another architecture. Expected: no layer '{extra[0]}'. Found: one "
-            f"with a kernel of shape {tuple(found[extra[0]])}."
+            f"with a weight of shape {tuple(found[extra[0]])}."
         )
 
 

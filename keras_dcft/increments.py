@@ -56,7 +56,7 @@ def dcft_increment(factor_a, factor_b, kernel_filter, input_dim: int, output_dim
     return scale * increment[0, :input_dim, :output_dim, 0]
 
 
-def expand_input_factor(factor_a, kernel_filter, input_dim: int, scale=1.0):
+def expand_input_factor(factor_a, kernel_filter, input_dim: int, scale=1.0, padding=0):
     """The input side `D` of the factored increment, a 1-D deconvolution of the columns of A.
 
     `D[(i, u), (ρ, v)] = scale · A[i, ρ] · K[u, v]`.
@@ -66,29 +66,37 @@ def expand_input_factor(factor_a, kernel_filter, input_dim: int, scale=1.0):
         kernel_filter: tensor of shape `(d, d)`.
         input_dim: int, rows to keep, at most `a * d`.
         scale: float, `alpha / r`, applied here because this factor is small.
+        padding: int, columns of zeros behind each d columns.
 
     Returns:
-        Tensor of shape `(input_dim, r * d)`.
+        Tensor of shape `(input_dim, r * (d + padding))`.
     """
     a, rank = factor_a.shape
     d = kernel_filter.shape[0]
-    expanded = factor_a[:, None, :, None] * (scale * kernel_filter)[None, :, None, :]
-    return ops.reshape(expanded, (a * d, rank * d))[:input_dim]
+    kernel_filter = scale * kernel_filter
+    if padding:
+        kernel_filter = ops.pad(kernel_filter, ((0, 0), (0, padding)))
+    expanded = factor_a[:, None, :, None] * kernel_filter[None, :, None, :]
+    expanded = ops.reshape(expanded, (a * d, rank * (d + padding)))
+    # Backends do not see that nothing is cut off, and work out a gradient of the cut.
+    return expanded if a * d == input_dim else expanded[:input_dim]
 
 
-def expand_output_factor(factor_b, kernel_size: int, output_dim: int):
+def expand_output_factor(factor_b, kernel_size: int, output_dim: int, padding=0):
     """The output side `U` of the factored increment, `U[(ρ, v), (j, w)] = B[ρ, j] · [v = w]`.
 
     Args:
         factor_b: tensor of shape `(r, b)`.
         kernel_size: int, `d`.
         output_dim: int, columns to keep, at most `b * d`.
+        padding: int, rows of zeros behind each d rows.
 
     Returns:
-        Tensor of shape `(r * d, output_dim)`.
+        Tensor of shape `(r * (d + padding), output_dim)`.
     """
     rank, b = factor_b.shape
     d = kernel_size
-    identity = ops.eye(d, dtype=factor_b.dtype)
+    identity = ops.eye(d + padding, d, dtype=factor_b.dtype)
     expanded = factor_b[:, None, :, None] * identity[None, :, None, :]
-    return ops.reshape(expanded, (rank * d, b * d))[:, :output_dim]
+    expanded = ops.reshape(expanded, (rank * (d + padding), b * d))
+    return expanded if b * d == output_dim else expanded[:, :output_dim]

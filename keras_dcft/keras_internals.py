@@ -211,6 +211,11 @@ def reset_compiled_state(model):
             return
         model.optimizer = type(optimizer).from_config(optimizer.get_config())
         inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        # What `exclude_from_weight_decay` was told, if it was, is in no configuration.
+        told = vars(getattr(optimizer, "inner_optimizer", optimizer))
+        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+            if name in told:
+                setattr(inner, name, told[name])
         passed = model._compile_config.config["optimizer"]
         is_wrapped = type(passed) is not type(optimizer)
         model._compile_config.config["optimizer"] = inner if is_wrapped else model.optimizer

@@ -35,8 +35,8 @@ ADAPTER_SETTINGS = (
 # Keras's quantization modes that look at data, one layer after the other.
 CALIBRATED_MODES = ("gptq", "awq")
 
-# On PyTorch thin factors are padded to this many columns: MKL takes up to twice as long for
-# products of 2 to 15 columns as for 16 (docs/performance.md).
+# On PyTorch thin factors are padded to this many columns at least: MKL takes up to twice as long
+# for products of 2 to 15 columns as for 16 (docs/performance.md).
 TORCH_WIDTH = 16
 
 DEFAULT_KERNEL_SIZE = 8
@@ -207,16 +207,20 @@ class DCFTLayer:
             self.disabled_filter = None
 
     def _expanded_factors(self, dtype):
-        """The increment's two thin factors, (in, r·d) and (r·d, out)."""
+        """The increment's two thin factors, (in, width) and (width, out); width is r·d or more."""
         input_dim, output_dim = self.matrix_shape
+        padding = 0
+        if keras.config.backend() == "torch" and 1 < self.rank * self.kernel_size < TORCH_WIDTH:
+            padding = -(-TORCH_WIDTH // self.rank) - self.kernel_size
         input_factor = increments.expand_input_factor(
             ops.convert_to_tensor(self.dcft_a),
             ops.convert_to_tensor(self.dcft_filter),
             input_dim,
             self.scale,
+            padding,
         )
         output_factor = increments.expand_output_factor(
-            ops.convert_to_tensor(self.dcft_b), self.kernel_size, output_dim
+            ops.convert_to_tensor(self.dcft_b), self.kernel_size, output_dim, padding
         )
         return ops.cast(input_factor, dtype), ops.cast(output_factor, dtype)
 
@@ -292,7 +296,7 @@ class DCFTKernel(DCFTLayer):
         # The bias goes first: compilers fuse it with the base product as they do in the base model,
         # which keeps the start equal to it to the last bit.
         if self.bias is not None:
-            base = ops.add(base, self._frozen(self.bias))
+            base += self._frozen(self.bias)
         return self._with_increment(base, inputs, training)
 
     def quantized_call(self, inputs, training=None):
@@ -307,10 +311,9 @@ class DCFTKernel(DCFTLayer):
     def _with_increment(self, base, inputs, training):
         if self.dropout and training:  # in this order: RematScope makes `training` a JAX tracer
             inputs = keras.random.dropout(inputs, self.dropout, seed=self.dropout_seed)
-        outputs = ops.add(base, self._increment_product(inputs))
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+        # On PyTorch `+=` works in place, which saves a tensor of the outputs' size.
+        base += self._increment_product(inputs)
+        return base if self.activation is None else self.activation(base)
 
     def _rows_product(self, inputs, contracted_axes, output_sizes):
         """The product with D and U as one of matrices, for inputs that end with what is contracted.
@@ -319,10 +322,6 @@ class DCFTKernel(DCFTLayer):
         several, which XLA's CPU backend turns into much faster code (docs/performance.md).
         """
         input_factor, output_factor = self._expanded_factors(self.compute_dtype)
-        width = input_factor.shape[1]
-        if keras.config.backend() == "torch" and 1 < width < TORCH_WIDTH:
-            input_factor = ops.pad(input_factor, ((0, 0), (0, TORCH_WIDTH - width)))
-            output_factor = ops.pad(output_factor, ((0, TORCH_WIDTH - width), (0, 0)))
         rows = ops.reshape(inputs, (-1, self.matrix_shape[0]))
         outputs = ops.matmul(ops.matmul(rows, input_factor), output_factor)
         leading = ops.shape(inputs)[: len(inputs.shape) - contracted_axes]

@@ -28,7 +28,8 @@ class FrozenState:
     """Mixin of a frozen layer with state of its own, such as BatchNormalization's statistics.
 
     Its variables are out of reach of `trainable = True`, but the flag alone would let it update
-    them; so here the flag stays False. The class keeps its name, by which Keras saves its weights.
+    them; so here the flag stays False. So it does in a layer that is not built yet: Keras makes the
+    variables by the flag. The class keeps its name, by which Keras saves its weights.
     """
 
     base_class: type
@@ -77,12 +78,15 @@ class Trainability:
         """Freezes the layer for good, also the state that it updates by itself in training."""
         keras_internals.freeze_variables(self.layer)
         keras_internals.set_trainable_flag(self.layer, False)
-        if len(keras_internals.own_weights(self.layer)) > len(self.variables):
+        has_state = len(keras_internals.own_weights(self.layer)) > len(self.variables)
+        if has_state or not self.layer.built:
             self.layer.__class__ = frozen_class(type(self.layer))
 
     def restore(self):
         if isinstance(self.layer, FrozenState):
             self.layer.__class__ = self.layer.base_class
+            for built_later in keras_internals.own_trainable_variables(self.layer):
+                built_later.trainable = self.flag
         flags = [flag for variable, flag in self.variable_flags if variable() is not None]
         keras_internals.thaw_variables(self.layer, self.variables, flags)
         keras_internals.set_trainable_flag(self.layer, self.flag)
@@ -268,17 +272,23 @@ def adapt(model, config: dict, part=None, factor_initializer=None, filter_initia
         The model.
     """
     part = task_backbone(model) if part is None else part
-    _adapt_part(part, config, factor_initializer, filter_initializer)
-    if is_task(model) and part is model.backbone:
-        _train_head(model)
-    for holder in keras_internals.models_holding(list(part._dcft_adaptation.layers.values())):
-        if is_task(holder) and holder.backbone is part:
-            holder.__class__ = adapted_class(type(holder))
-            keras_internals.wrap_quantize(holder, check_quantization)
+    _check_paths(part, config)
+    try:
+        _adapt_part(part, config, factor_initializer, filter_initializer)
+        holders = keras_internals.models_holding(list(part._dcft_adaptation.layers.values()))
+        for holder in holders:
+            if is_task(holder) and holder.backbone is part:
+                holder.__class__ = adapted_class(type(holder))
+                keras_internals.wrap_quantize(holder, check_quantization)
+        if is_task(model) and part is model.backbone:
+            _train_head(model)
+    except BaseException:  # an interrupt from the keyboard as well
+        release(part)
+        raise
     return model
 
 
-def _adapt_part(model, config, factor_initializer, filter_initializer):
+def _check_paths(model, config):
     layers = walk(model)
     missing = [
         path for path in [*config["layers"], *config["trainable_layers"]] if path not in layers
@@ -288,49 +298,54 @@ def _adapt_part(model, config, factor_initializer, filter_initializer):
             f"The DCFT configuration names layers that model '{model.name}' does not have: "
             f"{missing}. It has {list(layers)}."
         )
+    check_adaptable({path: layers[path] for path in config["layers"]}, layers)
+
+
+def _adapt_part(model, config, factor_initializer, filter_initializer):
+    layers = walk(model)
     adapted = {path: layers[path] for path in config["layers"]}
-    check_adaptable(adapted, layers)
     trained = [layers[p] for p in with_sublayers(config["trainable_layers"], layers)]
     everything = [model, *layers.values()]
     trained_ids = {id(layer) for layer in trained}
     awake = {id(layer) for layer in adapted.values()} | trained_ids
     adaptation = Adaptation(config, {}, [Trainability.of(layer) for layer in everything])
-    settings = {key: config[key] for key in ("rank", "alpha", "dropout")}
-    try:
-        for trainability in adaptation.trainability:
-            layer = trainability.layer
-            if id(layer) in trained_ids:
-                trainability.wake()
-            elif any(id(part) in awake for part in layer._flatten_layers()):
-                keras_internals.freeze_variables(layer)
-                keras_internals.set_trainable_flag(layer, True)
-            else:
-                trainability.freeze()
-        owners = {}
-        for path, layer in adapted.items():
-            owner = owners.setdefault(id(weight_of(layer)), layer)
-            adaptation.layers[path] = layer
-            adapt_layer(
-                layer,
-                owner=None if owner is layer else owner,
-                kernel_size=config["layers"][path],
-                orthogonality=config["orthogonality"] / len(adapted),
-                factor_initializer=factor_initializer,
-                filter_initializer=filter_initializer,
-                **settings,
-            )
-    except Exception:
-        undo(adaptation)
-        raise
     model._dcft_adaptation = adaptation
     model.__class__ = adapted_class(type(model))
     keras_internals.wrap_quantize(model, check_quantization)
+    for trainability in adaptation.trainability:
+        layer = trainability.layer
+        if id(layer) in trained_ids:
+            trainability.wake()
+        elif any(id(part) in awake for part in layer._flatten_layers()):
+            keras_internals.freeze_variables(layer)
+            keras_internals.set_trainable_flag(layer, True)
+        else:
+            trainability.freeze()
+    owners = {}
+    weights = {id(weight_of(layer)) for layer in adapted.values()}
+    for path, layer in adapted.items():
+        owner = owners.setdefault(id(weight_of(layer)), layer)
+        adaptation.layers[path] = layer
+        adapt_layer(
+            layer,
+            owner=None if owner is layer else owner,
+            kernel_size=config["layers"][path],
+            rank=config["rank"],
+            alpha=config["alpha"],
+            dropout=config["dropout"],
+            orthogonality=config["orthogonality"] / len(weights),
+            factor_initializer=factor_initializer,
+            filter_initializer=filter_initializer,
+        )
 
 
 def _train_head(task):
     """Makes a task whose backbone is adapted train all that lies outside of the backbone."""
     inside = {id(layer) for layer in task.backbone._flatten_layers()}
     head = [layer for layer in task._flatten_layers() if id(layer) not in inside]
+    for trainability in map(Trainability.of, head):
+        task.backbone._dcft_adaptation.trainability.append(trainability)
+        trainability.wake()
     integers = [layer.name for layer in head if holds_integers(layer)]
     if integers:
         warnings.warn(
@@ -338,9 +353,6 @@ def _train_head(task):
             "Quantize `task.backbone` instead of the task to have its head trained in full.",
             stacklevel=4,
         )
-    for trainability in map(Trainability.of, head):
-        task.backbone._dcft_adaptation.trainability.append(trainability)
-        trainability.wake()
 
 
 def reset_compiled_models(layers):

@@ -8,6 +8,7 @@ saved model carries:
 """
 
 import re
+import warnings
 
 import keras
 
@@ -36,6 +37,8 @@ def walk(model) -> dict:
     backbones = _names_of_backbones()
 
     def visit(parent, prefix, ancestors):
+        if _is_keras_hub(parent):
+            ancestors = (*ancestors, parent.name)
         for child in keras_internals.sublayers(parent):
             if id(child) in seen:
                 continue
@@ -46,10 +49,14 @@ def walk(model) -> dict:
                 number += 1
                 path = f"{name}_{number}"
             layers[path] = child
-            visit(child, f"{path}/", (*ancestors, child.name))
+            visit(child, f"{path}/", ancestors)
 
-    visit(model, "", (model.name,))
+    visit(model, "", ())
     return layers
+
+
+def _is_keras_hub(layer) -> bool:
+    return any(cls.__module__.startswith("keras_hub.") for cls in type(layer).__mro__)
 
 
 def _chosen_name(layer, prefixes):
@@ -115,16 +122,16 @@ def plan_adaptation(
         if isinstance(layer, tuple(DCFT_CLASSES)) and layer.built
     }
     targets = [path for path, layer in candidates.items() if isinstance(layer, DENSE_CLASSES)]
+    unbuilt = [
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, DENSE_CLASSES) and not layer.built
+    ]
     experts = {path: layer for path, layer in layers.items() if _holds_experts(layer)}
     if target_layers is not None and candidates:
         candidates.update(experts)
         targets = select("target_layers", target_layers, candidates)
     if not targets:
-        unbuilt = [
-            path
-            for path, layer in layers.items()
-            if isinstance(layer, DENSE_CLASSES) and not layer.built
-        ]
         hint = f" Call the model on data first: {_listed(unbuilt)} not built." if unbuilt else ""
         raise ValueError(
             "`model` must have at least one built Dense or EinsumDense layer to adapt. "
@@ -152,6 +159,12 @@ def plan_adaptation(
     kernel_sizes = choose_kernel_sizes(sizes, targeted)
     _check_widths(sizes, kernel_sizes, targeted)
     _check_shared_sizes(kernel_sizes, targeted)
+    if unbuilt:
+        warnings.warn(
+            f"Not built, and so left frozen instead of adapted: {_listed(unbuilt)}. If the model "
+            "uses them, call it on data in that way before it is adapted.",
+            stacklevel=3,
+        )
     return {
         "rank": rank,
         "alpha": float(alpha),

@@ -183,7 +183,8 @@ def test_the_papers_start_is_available():
     assert np.abs(starts[0] - starts[1]).max() > 0
 
 
-def test_a_failure_half_way_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_half_way_leaves_the_model_as_it_was(error):
     model = sequential()
     before = [
         (type(layer), layer.trainable, [w.path for w in layer.weights]) for layer in model.layers
@@ -194,14 +195,14 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
         def __call__(self, shape, dtype=None):
             calls.append(shape)
             if len(calls) == 3:
-                raise RuntimeError("out of luck")
+                raise error("out of luck")
             return keras.ops.zeros(shape, dtype)
 
         def clone(self):
             return self
 
     cls, flags = type(model), [v.trainable for v in model.weights]
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(error, match="out of luck"):
         enable_dcft(model, kernel_size=4, factor_initializer=FailsTheSecondTime())
     after = [
         (type(layer), layer.trainable, [w.path for w in layer.weights]) for layer in model.layers
@@ -212,6 +213,54 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     assert len(model.trainable_variables) == 6
     enable_dcft(model, kernel_size=4)
     assert len(model.trainable_variables) == 6
+
+
+@pytest.mark.filterwarnings("error:The quantized weights of:UserWarning")
+def test_a_warning_that_is_an_error_leaves_the_task_as_it_was():
+    task = bert_classifier()
+    task.preprocessor.tokenizer("build it: Keras asks for that before quantizing")
+    task.quantize("int8")
+    before = [(type(layer), layer.trainable) for layer in task._flatten_layers()]
+    with pytest.raises(UserWarning, match="cannot be trained"):
+        enable_dcft(task, kernel_size=4)
+    assert [(type(layer), layer.trainable) for layer in task._flatten_layers()] == before
+
+
+@keras.saving.register_keras_serializable("keras_dcft_tests")
+class WithOptionalBranch(keras.Model):
+    """A model with a layer that only some calls use and build."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.always = keras.layers.Dense(12)
+        self.sometimes = keras.layers.Dense(12)
+
+    def call(self, inputs, branch=False):
+        outputs = self.always(inputs)
+        return self.sometimes(outputs) if branch else outputs
+
+
+@pytest.mark.parametrize("toggled", ["before", "after"])
+def test_a_layer_that_is_built_later_stays_frozen_until_removed(toggled):
+    model = WithOptionalBranch()
+    model(vectors())
+    with pytest.warns(UserWarning, match="left frozen instead of adapted: 'dense_1'"):
+        enable_dcft(model, kernel_size=4)
+
+    def toggle():
+        model.trainable = False
+        model.trainable = True
+        model.sometimes.trainable = True
+
+    for step in (toggle, lambda: model(vectors(), branch=True))[
+        :: 1 if toggled == "before" else -1
+    ]:
+        step()
+    assert model.sometimes.built
+    assert [v.name for v in model.trainable_variables] == list(ADAPTER_VARIABLES)
+    remove_dcft(model)
+    assert type(model.sometimes) is keras.layers.Dense
+    assert len(model.trainable_variables) == 4
 
 
 # --- models that were used before ---
@@ -278,13 +327,16 @@ def test_a_model_compiled_around_a_backbone_sees_that_it_was_adapted():
 
 def test_the_optimizer_keeps_its_settings_and_the_model_its_compilation():
     model = sequential()
-    model.compile(
-        keras.optimizers.AdamW(0.0123, weight_decay=0.2), "mae", metrics=["mse"], jit_compile=False
-    )
+    optimizer = keras.optimizers.AdamW(0.0123, weight_decay=0.2)
+    optimizer.exclude_from_weight_decay(var_names=["dcft_a"])
+    model.compile(optimizer, "mae", metrics=["mse"], jit_compile=False)
     targets = np.ones((4, 9))
     model.fit(vectors(), targets, verbose=0)
     model.optimizer.learning_rate = 0.05
     enable_dcft(model, kernel_size=4)
+    layer = model.layers[0]
+    assert not model.optimizer._use_weight_decay(layer.dcft_a)
+    assert model.optimizer._use_weight_decay(layer.dcft_b)
     assert isinstance(model.optimizer, keras.optimizers.AdamW)
     assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
     assert model.optimizer.weight_decay == 0.2

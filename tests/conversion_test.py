@@ -94,6 +94,12 @@ def test_tied_kernels_have_one_adapter(tmp_path):
     np.testing.assert_allclose(array(model(vectors())), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_tied_layers_count_once_in_the_regulariser():
+    model = enable_dcft(tied(), kernel_size=4, orthogonality=0.1)
+    strengths = [layer.dcft_a.regularizer.strength for layer in (model.first, model.last)]
+    assert strengths == pytest.approx([0.1 / (2 * 2)] * 2)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"target_layers": "^einsum_dense$"}, {"exclude_layers": "dense_1"}]
 )

@@ -28,6 +28,14 @@ def test_paths_do_not_depend_on_what_was_made_before():
     assert "dense_1" in first
 
 
+def test_paths_do_not_depend_on_the_models_name():
+    def paths(name):
+        layers = [keras.layers.Dense(8, name="net_first"), keras.layers.Dense(8)]
+        return list(walk(keras.Sequential([keras.Input((8,)), *layers], name=name)))[1:]
+
+    assert paths("net") == paths("other") == ["net_first", "dense"]
+
+
 def test_a_layer_used_twice_is_met_once():
     shared = keras.layers.Dense(8, name="shared")
     inputs = keras.Input((8,))
