@@ -25,8 +25,9 @@ INTRODUCTION = """# Every KerasHub backbone
 
 Made by `benchmarks/backbones.py`: each backbone that KerasHub 0.32 exports, in a tiny configuration
 with random weights: adapted at kernel size 2 (start equal to the base to the last bit), trained for
-one step (all adapters changed, nothing else), saved and loaded as `.keras` (difference 0), removed
-(difference 0) and merged (difference below 1e-4). "Passed on" names the backends run so far.
+one step (the filter of every adapter changed, nothing else; a filter of zeros lets no gradient
+through to A and B in the first), saved and loaded as `.keras` (difference 0), removed (difference
+0) and merged (difference below 1e-4). "Passed on" names the backends run so far.
 Numbers are those of the tiny configurations; the shares of large models are higher, as embeddings
 weigh less.
 

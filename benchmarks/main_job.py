@@ -11,6 +11,7 @@ skipped, so that an interrupted benchmark goes on.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,25 +68,24 @@ def main():
             file.write(json.dumps(result) + "\n")
 
 
+NAMES = {"lora": "Keras LoRA, rank 1", "head": "head only", "full": "full fine-tuning"}
+
+
 def table(results) -> str:
-    rows = [
-        "| method | backend | trainable parameters | learning rate | seed | accuracy | training |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    """A row for each method, backend and learning rate, with the accuracies of its seeds."""
+    groups = {}
     for run in results:
-        name = (
-            f"DCFT, kernel size {run['kernel_size']}"
-            if run["method"] == "dcft"
-            else {
-                "lora": "Keras LoRA, rank 1",
-                "head": "head only",
-                "full": "full fine-tuning",
-            }[run["method"]]
-        )
+        name = NAMES.get(run["method"], f"DCFT, kernel size {run['kernel_size']}")
+        groups.setdefault((name, run["backend"], run["learning_rate"]), []).append(run)
+    rows = [
+        "| method | backend | trainable | learning rate | accuracy, by seed | mean |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (name, backend, rate), runs in groups.items():
+        found = [run["accuracy_after"] for run in sorted(runs, key=lambda run: run["seed"])]
         rows.append(
-            f"| {name} | {run['backend']} | {run['trainable_parameters']:,} "
-            f"| {run['learning_rate']:g} | {run['seed']} | {run['accuracy_after']:.3f} "
-            f"| {run['training_seconds']:.0f} s |"
+            f"| {name} | {backend} | {runs[0]['trainable_parameters']:,} | {rate:g} "
+            f"| {', '.join(f'{x:.3f}' for x in found)} | {statistics.mean(found):.3f} |"
         )
     return "\n".join(rows)
 

@@ -93,7 +93,7 @@ def measure(backend, model, options) -> dict:
         __file__, backend, "times", model, "--rounds", str(options.rounds), "--methods", *methods
     )
     if not options.times_only:
-        # Two at a time: neither memory nor tracing, which is one thread's work, takes a second core.
+        # Two at a time: memory does not mind, and tracing is one thread's work.
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             print(f"{backend}, {model}: memory and first steps", flush=True)
             measured = pool.map(

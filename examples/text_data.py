@@ -1,4 +1,4 @@
-"""Text classification data for the examples: docstrings, GLUE, or a table of text and labels."""
+"""Text data for the examples: docstrings, GLUE, or a table of text and labels."""
 
 import ast
 import csv
@@ -19,8 +19,8 @@ class TextData:
 
     Attributes:
         train_texts, held_out_texts: list of str, or of pairs of str.
-        train_labels, held_out_labels: list of int.
-        classes: the labels' names.
+        train_labels, held_out_labels: list of int, or of float in a regression.
+        classes: the labels' names, none in a regression.
     """
 
     train_texts: list
@@ -57,7 +57,7 @@ def load_text_data(dataset: str, data_dir, train_size, seed: int = 0) -> TextDat
         data.train_texts = data.train_texts[:train_size]
         data.train_labels = data.train_labels[:train_size]
     if len(set(data.train_labels)) < 2:
-        raise ValueError(f"{dataset}: the training examples are all of one class.")
+        raise ValueError(f"{dataset}: the training examples all have one label.")
     return data
 
 
@@ -83,7 +83,7 @@ def docstring_data(seed: int = 0) -> TextData:
     sides = {False: [], True: []}
     seen = set()
     for label, library in enumerate(libraries):
-        modules = _library_modules(library)
+        modules = library_modules(library)
         rng.shuffle(modules)
         counts = {False: 0, True: 0}
         for module in modules:
@@ -91,8 +91,10 @@ def docstring_data(seed: int = 0) -> TextData:
             share = HELD_OUT_SHARE if held_out else 1 - HELD_OUT_SHARE
             if counts[held_out] >= share * DOCSTRINGS_PER_LIBRARY:
                 continue
-            for text in _docstrings(module):
-                if text in seen or counts[held_out] >= share * DOCSTRINGS_PER_LIBRARY:
+            for docstring in docstrings(module):
+                text = LIBRARY_NAMES.sub("library", docstring)[:160]
+                full = counts[held_out] >= share * DOCSTRINGS_PER_LIBRARY
+                if len(text) < 40 or text in seen or full:
                     continue
                 seen.add(text)
                 counts[held_out] += 1
@@ -100,7 +102,8 @@ def docstring_data(seed: int = 0) -> TextData:
     return _from_pairs(sides[False], sides[True], libraries, rng)
 
 
-def _library_modules(library: str) -> list:
+def library_modules(library: str) -> list:
+    """The files of an installed library, its tests left out; `python` is the standard library."""
     if library == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
     else:
@@ -109,7 +112,8 @@ def _library_modules(library: str) -> list:
     return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
 
 
-def _docstrings(module: Path):
+def docstrings(module: Path):
+    """The docstrings in a Python file, each in one line."""
     try:
         tree = ast.parse(module.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -118,9 +122,7 @@ def _docstrings(module: Path):
     for node in ast.walk(tree):
         docstring = ast.get_docstring(node) if isinstance(node, documented) else None
         if docstring:
-            text = " ".join(LIBRARY_NAMES.sub("library", docstring).split())[:160]
-            if len(text) >= 40:
-                yield text
+            yield " ".join(docstring.split())
 
 
 # --- GLUE through TensorFlow Datasets ---
@@ -130,6 +132,7 @@ GLUE_TEXT_COLUMNS = {
     "sst2": ("sentence",),
     "mrpc": ("sentence1", "sentence2"),
     "qqp": ("question1", "question2"),
+    "stsb": ("sentence1", "sentence2"),
     "mnli": ("premise", "hypothesis"),
     "qnli": ("question", "sentence"),
     "rte": ("sentence1", "sentence2"),
@@ -138,35 +141,40 @@ GLUE_TEXT_COLUMNS = {
 
 
 def glue_data(dataset: str, data_dir, seed: int = 0) -> TextData:
-    """A GLUE classification task, its validation split as the held-out examples."""
+    """A GLUE task, its validation split (MNLI's matched one) as the held-out examples."""
     task = dataset.removeprefix("glue/")
     if task not in GLUE_TEXT_COLUMNS:
         raise ValueError(
-            f"--dataset must name a GLUE classification task of {sorted(GLUE_TEXT_COLUMNS)}. "
-            f"Received: {dataset}"
+            f"--dataset must name a GLUE task of {sorted(GLUE_TEXT_COLUMNS)}. Received: {dataset}"
         )
+    train, classes = glue_split(task, "train", data_dir)
+    validation = "validation_matched" if task == "mnli" else "validation"
+    held_out, _ = glue_split(task, validation, data_dir)
+    return _from_pairs(train, held_out, classes, random.Random(seed))
+
+
+def glue_split(task: str, split: str, data_dir):
+    """The (text or pair of texts, label) of each row of a GLUE split, and the labels' names."""
+    check_glue_folder(task, data_dir)
     import tensorflow_datasets as tfds
 
-    columns = GLUE_TEXT_COLUMNS[task]
-    validation = "validation_matched" if task == "mnli" else "validation"
-    if data_dir is not None and not (Path(data_dir) / "glue" / task).is_dir():
-        raise OSError(f"--data-dir has no folder glue/{task}. Received: {data_dir}")
-    splits, info = tfds.load(
-        dataset,
-        split={"train": "train", "held_out": validation},
-        data_dir=data_dir,
-        download=data_dir is None,
-        with_info=True,
+    rows, info = tfds.load(
+        f"glue/{task}", split=split, data_dir=data_dir, download=data_dir is None, with_info=True
     )
+    examples = []
+    for row in tfds.as_numpy(rows):
+        texts = tuple(row[column].decode("utf-8") for column in GLUE_TEXT_COLUMNS[task])
+        examples.append((texts if len(texts) > 1 else texts[0], row["label"].item()))
+    return examples, getattr(info.features["label"], "names", [])
 
-    def rows(split):
-        for row in tfds.as_numpy(split):
-            texts = tuple(row[column].decode("utf-8") for column in columns)
-            yield (texts if len(texts) > 1 else texts[0]), int(row["label"])
 
-    classes = info.features["label"].names
-    held_out = list(rows(splits["held_out"]))
-    return _from_pairs(list(rows(splits["train"])), held_out, classes, random.Random(seed))
+def check_glue_folder(task: str, data_dir):
+    """Raises an OSError if a folder is given that does not have the task."""
+    if data_dir is None or any(Path(data_dir, "glue", task).glob("*/dataset_info.json")):
+        return
+    raise OSError(
+        f"--data-dir has no folder glue/{task} written by tensorflow_datasets. Received: {data_dir}"
+    )
 
 
 # --- a file ---

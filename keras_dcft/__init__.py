@@ -1,6 +1,12 @@
 """DCFT (arXiv 2503.01419) for Keras 3: fine-tuning by deconvolution in a subspace."""
 
-from keras_dcft.adaptation import dcft_disabled, enable_dcft, merge_dcft, remove_dcft
+from keras_dcft.adaptation import (
+    PAPER_RECIPE,
+    dcft_disabled,
+    enable_dcft,
+    merge_dcft,
+    remove_dcft,
+)
 from keras_dcft.adapters import load_dcft_weights, save_dcft_weights
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
@@ -12,6 +18,7 @@ from keras_dcft.report import dcft_summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAPER_RECIPE",
     "DCFTCheckpoint",
     "DCFTDense",
     "DCFTEinsumDense",

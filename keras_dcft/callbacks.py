@@ -14,23 +14,30 @@ from keras_dcft.models import adapted_part
 
 
 class DCFTCheckpoint(keras.callbacks.Callback):
-    """Writes an adapter file after each epoch, or after each that is the best so far.
+    """Writes adapter files while training: after each epoch or so many batches, or only the best.
 
     The counterpart of `keras.callbacks.ModelCheckpoint` for `save_dcft_weights`. Files are replaced
     atomically, and each remembers the value that it was saved for: a training that goes on after
-    an interruption knows from the files that are there which value it has to beat.
+    an interruption knows from the files that are there which value it has to beat. A file among
+    them that cannot be read is passed over with a warning.
 
     Args:
         filepath: str or path, ending with `.dcft.safetensors`; may have fields such as `{epoch}`
-            (counted from 1) and `{val_accuracy:.3f}` for the logged values. Its folder is made.
+            (counted from 1), `{batch}` (likewise, where `save_freq` is an int) and
+            `{val_accuracy:.3f}` for the logged values. Its folder is made.
         monitor: str, the logged value that tells how good an epoch is.
         save_best_only: bool, whether to write only for an epoch that is better than all before.
         mode: `"min"`, `"max"`, or `"auto"`: by the name of `monitor`, max for accuracies and the
             like, min for everything else.
         verbose: int, 1 to print a line for each file.
+        save_freq: `"epoch"`, or an int to write after so many batches instead, counted across
+            epochs. What is logged then is about the epoch so far, and nothing of validation.
+        initial_value_threshold: float, with `save_best_only` the value that the first file has to
+            beat already, or None.
 
     Raises:
-        ValueError: if `filepath` ends otherwise or `mode` is none of the three.
+        ValueError: if `filepath` ends otherwise, or `mode` or `save_freq` is none of the above.
+        KeyError: while training, if `filepath` has a field that is not logged.
 
     Example:
         >>> callback = DCFTCheckpoint("{epoch:02d}-{val_accuracy:.3f}.dcft.safetensors",
@@ -39,7 +46,16 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         'max'
     """
 
-    def __init__(self, filepath, monitor="val_loss", save_best_only=False, mode="auto", verbose=0):
+    def __init__(
+        self,
+        filepath,
+        monitor="val_loss",
+        save_best_only=False,
+        mode="auto",
+        verbose=0,
+        save_freq="epoch",
+        initial_value_threshold=None,
+    ):
         super().__init__()
         if not str(filepath).endswith(SUFFIX):
             raise ValueError(
@@ -47,6 +63,10 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             )
         if mode not in ("auto", "min", "max"):
             raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}')
+        if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
+            raise ValueError(
+                f'`save_freq` must be "epoch" or a positive int. Received: save_freq={save_freq!r}'
+            )
         if mode == "auto":
             is_score = re.search(r"acc|auc|precision|recall|f1|f_?beta|r2|iou", monitor.lower())
             mode = "max" if is_score else "min"
@@ -55,17 +75,44 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         self.save_best_only = save_best_only
         self.mode = mode
         self.verbose = verbose
-        self.best = None
+        self.save_freq = save_freq
+        self.best = initial_value_threshold
+        # Otherwise Keras waits for the results of every batch, for `on_train_batch_end` to see.
+        self.async_safe = save_freq == "epoch"
+        self._epoch = 0
+        self._batches_of_epoch = 0
+        self._batches_since_saving = 0
 
     def on_train_begin(self, logs=None):
         adapted_part(self.model)  # says so now, and not after an epoch, if the model is not adapted
         for file in sorted(glob.glob(_glob_pattern(self.filepath))):
-            notes = read_notes(file)
+            try:
+                notes = read_notes(file)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"DCFTCheckpoint passes over a file: {error}", stacklevel=2)
+                continue
             if notes.get("monitor") == self.monitor and self._is_better(notes["value"]):
                 self.best = notes["value"]
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+        self._batches_of_epoch = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.save_freq == "epoch":
+            return
+        # With `steps_per_execution` only the last of several batches is told.
+        self._batches_since_saving += batch + 1 - self._batches_of_epoch
+        self._batches_of_epoch = batch + 1
+        if self._batches_since_saving >= self.save_freq:
+            self._batches_since_saving = 0
+            self._save({"epoch": self._epoch + 1, "batch": batch + 1}, logs or {})
+
     def on_epoch_end(self, epoch, logs=None):
-        logs = logs or {}
+        if self.save_freq == "epoch":
+            self._save({"epoch": epoch + 1}, logs or {})
+
+    def _save(self, place, logs):
         value = logs.get(self.monitor)
         if value is None:
             if self.save_best_only:
@@ -83,11 +130,20 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             elif self.save_best_only:
                 return
             notes = {"monitor": self.monitor, "value": value}
-        path = self.filepath.format(epoch=epoch + 1, **logs)
+        path = self._path({**logs, **place})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_dcft_weights(self.model, path, notes={"epoch": epoch + 1, **notes})
+        save_dcft_weights(self.model, path, notes={**place, **notes})
         if self.verbose:
-            print(f"Epoch {epoch + 1}: wrote {path}")
+            print(f"Epoch {place['epoch']}: wrote {path}")
+
+    def _path(self, fields):
+        try:
+            return self.filepath.format(**fields)
+        except KeyError as error:
+            raise KeyError(
+                f"`filepath` has the field {error}, and there is no such value. "
+                f"There are: {sorted(fields)}. Received: filepath={self.filepath!r}"
+            ) from error
 
     def _is_better(self, value):
         if math.isnan(value):

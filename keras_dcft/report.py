@@ -21,7 +21,8 @@ def dcft_summary(model: keras.Model, print_fn=None):
 
     Args:
         model: a model with DCFT layers.
-        print_fn: function of a str to print with instead, or None.
+        print_fn: function of a str to print with instead, or None. The str is plain text, in a
+            terminal and a notebook too.
 
     Raises:
         TypeError, ValueError: if `model` is no Keras model or has no DCFT layers.
@@ -67,17 +68,16 @@ def dcft_summary(model: keras.Model, print_fn=None):
         f"LoRA of rank 1 on the same kernels: {lora:,}, {lora / adapters:.1f} times as many.\n"
         f"Trained in full beside them: {other:,}. Trainable in all: {trained:,}."
     )
-    console = Console(highlight=False)
-    if not (console.is_terminal or console.is_jupyter):
-        console = Console(highlight=False, width=110)
-    if print_fn is None:
-        console.print(table)
-        console.print(lines)
+    # Names stay as they are: rich would take `[a]` in one for a style, `:car:` for an emoji.
+    options = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(**options)
+    if print_fn is None and (console.is_terminal or console.is_jupyter):
+        console.print(table, lines)
         return
+    console = Console(**options, width=110, color_system=None, force_jupyter=False)
     with console.capture() as capture:
-        console.print(table)
-        console.print(lines)
-    print_fn(capture.get().rstrip("\n"))
+        console.print(table, lines)
+    (print_fn or print)(capture.get().rstrip("\n"))
 
 
 def _count(layer) -> int:

@@ -17,7 +17,7 @@ from tools import (
     vectors,
 )
 
-from keras_dcft import DCFTDense, DCFTEinsumDense, enable_dcft, remove_dcft
+from keras_dcft import PAPER_RECIPE, DCFTDense, DCFTEinsumDense, enable_dcft, remove_dcft
 from keras_dcft.layers import ADAPTER_VARIABLES, DCFTLayer
 from keras_dcft.planning import walk
 
@@ -173,10 +173,11 @@ def test_orthogonality_is_the_papers_regulariser():
     assert float(sum(model.losses)) == pytest.approx(0.1 / (2 * 2) * distance, rel=1e-5)
 
 
-def test_the_papers_start_is_available():
+def test_the_papers_recipe():
     model = sequential()
-    normal = keras.initializers.RandomNormal(stddev=0.02)
-    enable_dcft(model, kernel_size=4, factor_initializer=normal, filter_initializer=normal)
+    enable_dcft(model, kernel_size=4, **PAPER_RECIPE)
+    assert model.dcft_config["orthogonality"] == 0.1
+    assert [layer.scale for layer in adapted_layers(model)] == [4.0, 4.0]
     filters = np.concatenate([array(x.dcft_filter).ravel() for x in adapted_layers(model)])
     assert 0.01 < filters.std() < 0.03
     starts = [array(layer.dcft_filter) for layer in adapted_layers(model)]

@@ -1,8 +1,9 @@
+import keras
 import numpy as np
 import pytest
 from tools import predict, sequential, vectors
 
-from keras_dcft import DCFTCheckpoint, enable_dcft, load_dcft_weights
+from keras_dcft import DCFTCheckpoint, enable_dcft, load_dcft_weights, save_dcft_weights
 from keras_dcft.adapters import read_notes
 
 
@@ -65,6 +66,74 @@ def test_a_training_that_goes_on_knows_the_value_to_beat(name, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} != before
 
 
+def test_the_first_file_has_to_beat_the_threshold(tmp_path):
+    path = tmp_path / "{epoch}.dcft.safetensors"
+    options = {"monitor": "val_accuracy", "save_best_only": True, "initial_value_threshold": 0.6}
+    fit(Logged(path, values=[0.5, 0.6, 0.7], **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["3.dcft.safetensors"]
+    resumed = Logged(path, values=[0.65], **options)
+    fit(resumed, epochs=1)
+    assert resumed.best == 0.7
+
+
+@pytest.mark.parametrize("save_freq", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [1, 2] if keras.backend.backend() != "torch" else [1])
+def test_batches_are_counted_as_by_keras(save_freq, steps, tmp_path):
+    names = "{epoch}-{batch}-{loss:.6f}"
+    own = DCFTCheckpoint(tmp_path / f"{names}.dcft.safetensors", save_freq=save_freq)
+    keras_own = keras.callbacks.ModelCheckpoint(
+        tmp_path / f"{names}.weights.h5", save_weights_only=True, save_freq=save_freq
+    )
+    model = enable_dcft(sequential(), kernel_size=4)
+    model.compile("adam", "mse", steps_per_execution=steps)
+    callbacks = {"callbacks": [own, keras_own]}
+    model.fit(vectors(), np.ones((4, 9)), batch_size=1, epochs=3, verbose=0, **callbacks)
+    expected = [path.name.removesuffix(".weights.h5") for path in tmp_path.glob("*.h5")]
+    found = [path.name.removesuffix(".dcft.safetensors") for path in tmp_path.glob("*.dcft.*")]
+    assert len(found) == 12 // save_freq or steps > 1
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_file_of_a_batch_holds_what_was_trained_until_then(tmp_path):
+    path = tmp_path / "{epoch}-{batch}.dcft.safetensors"
+    model = enable_dcft(sequential(), kernel_size=4)
+    callback = DCFTCheckpoint(path, monitor="loss", save_freq=2)
+    options = {"batch_size": 1, "shuffle": False, "verbose": 0}
+    model.fit(vectors(), np.ones((4, 9)), callbacks=[callback], **options)
+    after_four = predict(model, vectors())
+    load_dcft_weights(model, tmp_path / "1-4.dcft.safetensors")
+    np.testing.assert_array_equal(predict(model, vectors()), after_four)
+    load_dcft_weights(model, tmp_path / "1-2.dcft.safetensors")
+    assert np.abs(predict(model, vectors()) - after_four).max() > 0
+    notes = read_notes(tmp_path / "1-4.dcft.safetensors")
+    assert (notes["epoch"], notes["batch"], notes["monitor"]) == (1, 4, "loss")
+
+
+def test_only_a_callback_that_counts_batches_makes_keras_wait_for_them():
+    assert DCFTCheckpoint("a.dcft.safetensors").async_safe
+    assert not DCFTCheckpoint("a.dcft.safetensors", save_freq=2).async_safe
+
+
+def test_files_that_cannot_be_read_are_passed_over(tmp_path, monkeypatch):
+    path = tmp_path / "{epoch}.dcft.safetensors"
+    options = {"monitor": "val_accuracy", "save_best_only": True}
+    model = fit(Logged(path, values=[0.8], **options), epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("keras_dcft.adapters.FORMAT_VERSION", 2)
+        save_dcft_weights(model, tmp_path / "7.dcft.safetensors")
+    (tmp_path / "8.dcft.safetensors").write_bytes(b"no adapter")
+    (tmp_path / "9.dcft.safetensors").mkdir()
+    resumed = Logged(path, values=[0.7], **options)
+    with pytest.warns(UserWarning, match="DCFTCheckpoint passes over a file") as warned:
+        fit(resumed, epochs=1)
+    assert resumed.best == 0.8
+    messages = [str(w.message) for w in warned if "passes over" in str(w.message)]
+    expected = ["7.dcft.safetensors: written by a newer", "8.dcft.safetensors: damaged", "9.dcft"]
+    assert len(messages) == len(expected)
+    for message, part in zip(messages, expected):
+        assert part in message
+
+
 def test_a_file_is_an_adapter_file_with_notes(tmp_path):
     path = tmp_path / "a.dcft.safetensors"
     model = fit(Logged(path, monitor="val_accuracy", values=[0.25]), epochs=1)
@@ -81,11 +150,22 @@ def test_a_value_that_is_not_logged_is_said(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("name", "field"), [("{val_f1:.2f}", "val_f1"), ("{batch}", "batch")])
+def test_a_field_that_has_no_value_is_named(name, field, tmp_path):
+    message = rf"has the field '{field}'.* There are: \['epoch', 'loss'\]"
+    with pytest.raises(KeyError, match=message):
+        fit(DCFTCheckpoint(tmp_path / f"{name}.dcft.safetensors"), epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="must end with"):
         DCFTCheckpoint("a.h5")
     with pytest.raises(ValueError, match="Received: mode='best'"):
         DCFTCheckpoint("a.dcft.safetensors", mode="best")
+    for save_freq in ("batch", 0, 2.0, True):
+        with pytest.raises(ValueError, match=f"Received: save_freq={save_freq!r}"):
+            DCFTCheckpoint("a.dcft.safetensors", save_freq=save_freq)
 
 
 def test_folders_may_have_fields_and_a_plain_model_is_refused_at_once(tmp_path):

@@ -2,7 +2,11 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
+from layers_test import assert_forms_no_full_matrix
 from tools import array, bert_backbone, differences, outputs_and_gradients, predict, values
 
 from keras_dcft import (
@@ -20,8 +24,8 @@ from keras_dcft.planning import walk
 IDS = np.array([[0, 3, 18], [22, 7, 7]])
 
 
-def built(cls, vocabulary=23, dim=10, kernel_size=4, seed=0, **arguments):
-    layer = cls(vocabulary, dim, kernel_size=kernel_size, rank=2, **arguments)
+def built(cls, vocabulary=23, dim=10, kernel_size=4, seed=0, rank=2, **arguments):
+    layer = cls(vocabulary, dim, kernel_size=kernel_size, rank=rank, **arguments)
     layer.build()
     rng = np.random.default_rng(seed)
     for name in ADAPTER_VARIABLES:
@@ -36,33 +40,85 @@ def increment(layer):
     return full[: layer.input_dim, : layer.output_dim]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_lookup_and_projection_equal_the_definition(seed):
-    rng = np.random.default_rng(seed)
-    vocabulary, dim, d = (int(rng.integers(low, 40)) for low in (9, 9, 1))
-    d = min(d, vocabulary, dim)
-    layer = built(DCFTReversibleEmbedding, vocabulary, dim, d, seed)
-    ids = rng.integers(0, vocabulary, (3, 5))
-    table = array(layer._embeddings) + increment(layer)
-    np.testing.assert_allclose(array(layer.dcft_increment()), increment(layer), atol=1e-5)
-    np.testing.assert_allclose(array(layer.embeddings), table, atol=1e-5)
-    np.testing.assert_allclose(array(layer(ids)), table[ids], rtol=1e-4, atol=1e-4)
-    hidden = rng.normal(size=(3, 5, dim)).astype("float32")
-    projected = array(layer(hidden, reverse=True))
-    scale = np.abs(hidden) @ np.abs(table.T)
-    assert np.all(np.abs(projected - hidden @ table.T) <= 1e-5 * scale + 1e-5)
+class BothWays(DCFTReversibleEmbedding):
+    """The rows that are looked up, and their projection back onto the vocabulary."""
+
+    def call(self, inputs):
+        rows = super().call(inputs)
+        return ops.concatenate([rows, super().call(rows, reverse=True)], axis=-1)
 
 
-def test_gradients_of_the_lookup_equal_those_of_the_table():
-    layer, rng = built(DCFTEmbedding), np.random.default_rng(4)
-    cotangent = rng.normal(size=(*IDS.shape, 10)).astype("float32")
-    _, gradients = outputs_and_gradients(layer, ops.convert_to_tensor(IDS), cotangent, ["dcft_b"])
-    by_table = np.zeros((24, 12))
-    np.add.at(by_table[:, :10], IDS, cotangent)
-    # d/dB of <G, scale · (A·B) ⊗ K>: sum G over the filter, then project on A.
-    blocks = np.einsum("iujw,uw->ij", by_table.reshape(6, 4, 3, 4), array(layer.dcft_filter))
-    expected = layer.scale * array(layer.dcft_a).T @ blocks
-    np.testing.assert_allclose(gradients[0], expected, rtol=1e-4, atol=1e-4)
+def reference(table, adapter, scale, ids, cotangent):
+    """A table with a DCFT increment in float64 PyTorch, sharing no code with the package.
+
+    Returns the effective table, as many columns of rows and projection as the cotangent has, and
+    the gradients of `sum(outputs * cotangent)`.
+    """
+    table, cotangent, a, b, k = (
+        torch.tensor(x, dtype=torch.float64) for x in (table, cotangent, *adapter)
+    )
+    adapter = [x.requires_grad_() for x in (a, b, k)]
+    image = torch.nn.functional.conv_transpose2d((a @ b)[None, None], k[None, None], stride=len(k))
+    table = table + scale * image[0, 0, : table.shape[0], : table.shape[1]]
+    rows = table[torch.tensor(ids)]
+    outputs = torch.cat([rows, rows @ table.T], dim=-1)[..., : cotangent.shape[-1]]
+    gradients = torch.autograd.grad((outputs * cotangent).sum(), adapter)
+    return [x.detach().numpy() for x in (table, outputs, *gradients)]
+
+
+def assert_equals_reference(layer, ids, width, seed):
+    cotangent = np.random.default_rng(seed).normal(size=(*ids.shape, width)).astype("float32")
+    inputs = ops.convert_to_tensor(ids)
+    outputs, gradients = outputs_and_gradients(layer, inputs, cotangent, ADAPTER_VARIABLES)
+    adapter = values(getattr(layer, name) for name in ADAPTER_VARIABLES)
+    table = array(layer._embeddings)
+    expected = reference(table, adapter, layer.scale, ids, cotangent)
+    # A sum whose terms cancel is only as exact as its terms are large, see tests/layers_test.py.
+    adapter = [np.abs(x) for x in adapter]
+    magnitudes = reference(np.abs(table), adapter, layer.scale, ids, np.abs(cotangent))
+    for actual, wanted, magnitude in zip(
+        [array(layer.embeddings), outputs, *gradients], expected, magnitudes
+    ):
+        assert actual.shape == wanted.shape
+        assert np.all(np.abs(actual - wanted) <= 1e-5 * magnitude)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.data())
+def test_lookup_and_projection_equal_the_reference(vocabulary, dim, rank, data):
+    kernel_size = data.draw(st.integers(1, min(vocabulary, dim)))
+    seed = data.draw(st.integers(0, 10**6))
+    layer = built(BothWays, vocabulary, dim, kernel_size, seed, rank)
+    ids = np.random.default_rng(seed).integers(0, vocabulary, (2, 3))
+    assert_equals_reference(layer, ids, dim + vocabulary, seed)
+
+
+def test_the_lookup_alone_equals_the_reference():
+    assert_equals_reference(built(DCFTEmbedding), IDS, width=10, seed=4)
+
+
+@pytest.mark.parametrize("cls", [DCFTEmbedding, DCFTReversibleEmbedding])
+def test_a_lookup_forms_no_tensor_of_the_tables_size(cls):
+    assert_forms_no_full_matrix(built(cls, 56, 72, 8), np.arange(5))
+
+
+def test_a_projection_forms_no_tensor_of_the_tables_size():
+    layer = built(DCFTReversibleEmbedding, 56, 72, 8)
+    assert_forms_no_full_matrix(layer, np.ones((5, 72), "float32"), reverse=True)
+
+
+def test_the_search_for_such_tensors_finds_them(monkeypatch):
+    def through_the_table(layer, inputs, reverse=False):
+        if reverse:
+            return ops.matmul(inputs, ops.transpose(layer.embeddings))
+        return ops.take(layer.embeddings, inputs, axis=0)
+
+    monkeypatch.setattr(DCFTReversibleEmbedding, "call", through_the_table)
+    layer = built(DCFTReversibleEmbedding, 56, 72, 8)
+    with pytest.raises(AssertionError, match="56, 72"):
+        assert_forms_no_full_matrix(layer, np.arange(5))
+    with pytest.raises(AssertionError, match="56, 72"):
+        assert_forms_no_full_matrix(layer, np.ones((5, 72), "float32"), reverse=True)
 
 
 @pytest.mark.parametrize("cls", [DCFTEmbedding, DCFTReversibleEmbedding])

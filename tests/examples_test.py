@@ -6,7 +6,9 @@ import keras
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED_TFDS
-from text_data import LIBRARY_NAMES, docstring_data, load_text_data, table_data
+from finetune_text_classifier import accuracy
+from text_data import LIBRARY_NAMES, TextData, docstring_data, load_text_data, table_data
+from tools import TEXTS, bert_classifier, predict
 
 import keras_dcft  # noqa: F401 (registers the classes of the files loaded here)
 
@@ -89,7 +91,8 @@ def test_badly_formed_tables_are_explained(content, message, tmp_path):
         (["--learning-rate", "-1"], "argument --learning-rate: must be a positive number"),
         (["--method", "magic"], "argument --method: invalid choice: 'magic'"),
         (["--dataset", "nothing.tsv"], "No such file or directory: 'nothing.tsv'"),
-        (["--dataset", "glue/none"], "must name a GLUE classification task"),
+        (["--dataset", "glue/none"], "must name a GLUE task"),
+        (["--dataset", "glue/stsb"], "argument --dataset: a regression"),
         (["--dataset", "other"], "--dataset must be `docstrings`, `glue/<task>`"),
         (["--dataset", "glue/rte", "--data-dir", "/nowhere"], "--data-dir has no folder glue/rte"),
     ],
@@ -115,6 +118,20 @@ def test_an_unusable_preset_or_kernel_size_gives_one_line(table, tmp_path):
         assert result.returncode == 1
         assert message in result.stderr.splitlines()[-1]
         assert "Traceback" not in result.stderr
+
+
+def test_accuracy_on_pairs_takes_both_texts(rng):
+    classifier = bert_classifier()
+    for variable in classifier.trainable_variables:  # so that the pairs' outputs differ
+        variable.assign(rng.normal(size=variable.shape))
+    pairs = [(first, second) for first in TEXTS[:4] for second in TEXTS[:4]]
+    first, second = map(list, zip(*pairs))
+    logits = predict(classifier, (first, second))
+    bias = classifier.layers[-1].bias
+    bias.assign_add([0, np.median(logits[:, 0] - logits[:, 1])])  # half of them in either class
+    labels = np.argmax(predict(classifier, (first, second)), axis=1)
+    assert (np.argmax(predict(classifier, first), axis=1) != labels).any()
+    assert accuracy(classifier, TextData([], [], pairs, list(labels), ["0", "1"])) == 1
 
 
 def test_docstrings_are_real_distinct_masked_and_split_by_module():

@@ -43,9 +43,9 @@ def assert_close(actual, expected):
 
 
 @settings(max_examples=200)
-@given(shapes())
-def test_all_three_forms_equal_the_reference(shape):
-    input_dim, output_dim, kernel_size, _, _ = shape
+@given(shapes(), st.integers(0, 20))
+def test_all_three_forms_equal_the_reference(shape, padding):
+    input_dim, output_dim, kernel_size, rank, _ = shape
     factor_a, factor_b, kernel_filter = draw_adapter(*shape)
     tensors = [ops.convert_to_tensor(x) for x in (factor_a, factor_b, kernel_filter)]
     expected = torch_increment(factor_a, factor_b, kernel_filter, input_dim, output_dim, 4.0)
@@ -53,11 +53,12 @@ def test_all_three_forms_equal_the_reference(shape):
     assert_close(dcft_increment(*tensors, input_dim, output_dim, 4.0), expected)
     kronecker = 4.0 * np.kron(factor_a @ factor_b, kernel_filter)[:input_dim, :output_dim]
     assert_close(kronecker, expected)
-    factored = ops.matmul(
-        expand_input_factor(tensors[0], tensors[2], input_dim, 4.0),
-        expand_output_factor(tensors[1], kernel_size, output_dim),
-    )
-    assert_close(factored, expected)
+    input_factor = expand_input_factor(tensors[0], tensors[2], input_dim, 4.0, padding)
+    output_factor = expand_output_factor(tensors[1], kernel_size, output_dim, padding)
+    width = rank * (kernel_size + padding)
+    assert tuple(input_factor.shape) == (input_dim, width)
+    assert tuple(output_factor.shape) == (width, output_dim)
+    assert_close(ops.matmul(input_factor, output_factor), expected)
 
 
 @given(shapes())

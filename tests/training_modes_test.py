@@ -23,15 +23,17 @@ from keras_dcft.planning import dcft_layers
 TARGETS = np.ones((4, 9), "float32")
 
 
-def assert_trains(model, epochs=4):
+def assert_trains(model, inputs=None, targets=TARGETS):
     """Fits and asserts that all adapters and nothing else changed, and that losses are finite."""
+    inputs = vectors() if inputs is None else inputs
     adapters = [v for v in model.trainable_variables if v.name.startswith("dcft_")]
     ids = {id(v) for v in adapters}
     frozen = [v for v in model.weights if id(v) not in ids and "seed" not in v.path]
     assert len(adapters) == 3 * len(dcft_layers(model))
     before, before_frozen = values(adapters), values(frozen)
-    settings = {"batch_size": 2, "epochs": epochs, "shuffle": False, "verbose": 0}
-    losses = model.fit(vectors(), TARGETS, **settings).history["loss"]
+    assert {v.dtype for v in adapters} == {"float32"}
+    settings = {"batch_size": 2, "epochs": 4, "shuffle": False, "verbose": 0}
+    losses = model.fit(inputs, targets, **settings).history["loss"]
     assert np.all(np.isfinite(losses))
     assert all(d > 0 for d in differences(before, values(adapters)))
     assert all(d == 0 for d in differences(before_frozen, values(frozen)))
@@ -153,6 +155,22 @@ def test_precisions(policy, tmp_path):
     assert difference <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("float16", 11), ("bfloat16", 8)])
+def test_merging_rounds_to_the_kernels_bits_and_no_further(dtype, bits):
+    model = enable_dcft(precise(dtype), kernel_size=4)
+    randomize_adapters(model)
+    bases = [array(keras.ops.cast(layer._kernel, "float32")) for layer in model.layers]
+    increments = [array(layer.dcft_increment()) for layer in model.layers]
+    merge_dcft(model)
+    for layer, base, increment in zip(model.layers, bases, increments):
+        assert layer.kernel.dtype == dtype
+        merged = array(keras.ops.cast(layer.kernel, "float32")).astype("float64")
+        exact = base.astype("float64") + increment
+        # The sum is rounded to float32 first; below 2**-14, float16 has steps of 2**-24.
+        rounding = (2.0**-bits + 2.0**-24) * np.abs(exact) + 2.0**-25 * (dtype == "float16")
+        assert np.all(np.abs(merged - exact) <= rounding)
+
+
 def test_policies_by_layer(tmp_path):
     policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
     plain = bert_backbone()
@@ -164,6 +182,9 @@ def test_policies_by_layer(tmp_path):
     randomize_adapters(model)
     low = [layer for layer in dcft_layers(model) if layer.compute_dtype == "bfloat16"]
     assert len(low) == 1
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    outputs = {name: np.ones(x.shape) for name, x in model(backbone_inputs()).items()}
+    assert_trains(model, backbone_inputs(), outputs)
     expected = predict(model, backbone_inputs())
     model.save(tmp_path / "m.keras")
     restored = keras.saving.load_model(tmp_path / "m.keras")

@@ -1,0 +1,278 @@
+"""Fine-tunes a KerasHub causal language model with DCFT, and shows what that gives.
+
+    python examples/finetune_causal_lm.py                            # small GPT-2, no download
+    python examples/finetune_causal_lm.py --preset finetuned/causal_lm/base --kernel-size 4
+    python examples/finetune_causal_lm.py --preset gpt2_base_en --text-file notes.md letters.txt
+
+Without a preset it first pre-trains a small GPT-2 on TensorFlow's docstrings and keeps it as the
+preset `base` in `--output-dir`. What is fine-tuned on is another kind of text: NumPy's docstrings,
+or files. It trains through `model.fit` and writes through `model.generate` before and after;
+switches the adapters off; loads the adapter file and the `.keras` file again; merges; and compares
+perplexities. The backend is chosen as always in Keras: `KERAS_BACKEND=jax python examples/...`.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+from command_line import (
+    OneLineParser,
+    positive_float,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+)
+from corpora import file_corpus, library_corpus, read_text
+from methods import LEARNING_RATES, apply_method, linear_decay
+from small_gpt2 import small_gpt2
+
+from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_weights
+
+OLD_LIBRARY, NEW_LIBRARY = "tensorflow", "numpy"
+PRETRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 4e-3}
+HELD_OUT_TEXTS = 240
+TIMED_ROUNDS = 5
+# A language model predicts with its token embedding: there is no head to train alone.
+METHODS = [method for method in LEARNING_RATES if method != "head"]
+
+
+def main(arguments=None):
+    run_or_exit(run, parse_options(arguments))
+
+
+def run(options, **size):
+    """All of the work; `size` is that of the small GPT-2, as `small_gpt2` takes it."""
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    texts = {path: read_text(path) for path in options.text_file}
+    old = library_corpus(OLD_LIBRARY, options.seed)
+    preset = options.preset or pretrained_preset(output_dir / "base", old, options, size)
+    model = load_base(preset, options)
+    if texts:
+        # The start token takes one place.
+        length = options.sequence_length - 1
+        new = file_corpus(texts, model.preprocessor.tokenizer, length)
+    else:
+        new = library_corpus(NEW_LIBRARY, options.seed)
+    held_out = {"old": old.held_out[:HELD_OUT_TEXTS], "new": new.held_out[:HELD_OUT_TEXTS]}
+    print(
+        f"\nOld text: {old.name}, {len(held_out['old'])} held out.\n"
+        f"New text: {new.name}, {len(new.train)} to train on, {len(held_out['new'])} held out."
+    )
+
+    measure = functools.partial(measurements, held_out=held_out, options=options)
+    measured = {"base": measure(model)}
+    training = fine_tune(model, new.train, options)
+    measured[options.method] = measure(model)
+    tokens_per_second = {options.method: generation_speed(model, options)}
+
+    files = [output_dir / "model.keras"]
+    model.save(files[0])
+    reloaded = keras.saving.load_model(files[0])
+    compile_model(reloaded)
+    measured["reloaded"] = measure(reloaded)
+    if options.method == "dcft":
+        with dcft_disabled(model):
+            measured["switched off"] = measure(model)
+        files.append(output_dir / "adapter.dcft.safetensors")
+        save_dcft_weights(model, files[1])
+        measured["adapter file"] = measure(load_dcft_weights(load_base(preset, options), files[1]))
+        measured["merged"] = measure(merge_dcft(reloaded))
+        tokens_per_second["merged"] = generation_speed(reloaded, options)
+
+    results = {
+        **vars(options),
+        **training,
+        "backend": keras.backend.backend(),
+        "preset": str(preset),
+        "old_text": old.name,
+        "new_text": new.name,
+        "train_examples": len(new.train),
+        "held_out_examples": {kind: len(texts) for kind, texts in held_out.items()},
+        "tokens_per_second": tokens_per_second,
+        "measured": measured,
+    }
+    files.append(output_dir / "results.json")
+    files[-1].write_text(json.dumps(results, indent=2) + "\n")
+    report(results, files)
+    check(results)
+
+
+def pretrained_preset(folder: Path, corpus, options, size) -> Path:
+    """Trains a small GPT-2 from scratch on a corpus and saves it as a preset."""
+    keras.utils.set_random_seed(options.seed)
+    model = small_gpt2(corpus.train, options.sequence_length, **size)
+    print(
+        f"Pre-training a GPT-2 of {model.count_params():,} parameters, vocabulary "
+        f"{model.backbone.vocabulary_size}, on {len(corpus.train)} {corpus.name}.",
+        flush=True,
+    )
+    train(model, corpus.train, seed=options.seed, **PRETRAINING)
+    model.save_to_preset(folder)
+    return folder
+
+
+def load_base(preset, options):
+    """The causal language model of a preset, checked to be long enough for what is asked."""
+    keras.utils.set_random_seed(options.seed)
+    model = keras_hub.models.CausalLM.from_preset(str(preset))
+    longest = getattr(model.backbone, "max_sequence_length", options.sequence_length)
+    if options.sequence_length > longest:
+        raise ValueError(
+            f"--sequence-length: {preset} reads at most {longest} tokens. "
+            f"Received: {options.sequence_length}"
+        )
+    prompt_length = max(prompt_lengths(model, options.prompt))
+    if prompt_length >= options.max_length:
+        raise ValueError(
+            f"--prompt: must have fewer tokens than --max-length, {options.max_length}. "
+            f"Received: one of {prompt_length}"
+        )
+    model.preprocessor.sequence_length = options.sequence_length
+    compile_model(model)
+    return model
+
+
+def prompt_lengths(model, prompts) -> list:
+    """The tokens in each prompt, the start token among them."""
+    return [len(tokens) + 1 for tokens in model.preprocessor.tokenizer(prompts)]
+
+
+def compile_model(model, learning_rate=0.0):
+    """Adam, greedy generation and a perplexity that leaves padding out."""
+    model.compile(
+        optimizer=keras.optimizers.Adam(learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")],
+        sampler="greedy",
+    )
+
+
+def fine_tune(model, texts, options) -> dict:
+    """Trains what the method adds; returns what that was and the seconds that `fit` took."""
+    base_parameters = model.count_params()
+    apply_method(model, options.method, options.kernel_size, options.rank)
+    trainable = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    print(
+        f"Method {options.method} on the {keras.backend.backend()} backend: {trainable:,} "
+        f"trainable parameters, {100 * trainable / base_parameters:.3f} % of the base's "
+        f"{base_parameters:,}.",
+        flush=True,
+    )
+    settings = options.epochs, options.batch_size, options.learning_rate
+    seconds = train(model, texts, *settings, options.seed)
+    return {
+        "base_parameters": base_parameters,
+        "trainable_parameters": trainable,
+        "training_seconds": round(seconds, 1),
+    }
+
+
+def train(model, texts, epochs, batch_size, learning_rate, seed) -> float:
+    """Trains with Adam and a linear decay; returns the seconds that `fit` took."""
+    dataset = tf.data.Dataset.from_tensor_slices(texts).shuffle(len(texts), seed=seed)
+    dataset = dataset.batch(batch_size)
+    compile_model(model, linear_decay(learning_rate, epochs * len(dataset)))
+    start = time.perf_counter()
+    model.fit(dataset, epochs=epochs, shuffle=False, verbose=progress_verbosity())
+    return time.perf_counter() - start
+
+
+def measurements(model, held_out, options) -> dict:
+    """The perplexity of each kind of held-out text, and what the model writes."""
+    perplexity = {
+        kind: model.evaluate(texts, batch_size=32, verbose=0, return_dict=True)["perplexity"]
+        for kind, texts in held_out.items()
+    }
+    return {
+        "perplexity": perplexity,
+        "texts": model.generate(options.prompt, max_length=options.max_length),
+    }
+
+
+def generation_speed(model, options) -> float:
+    """New tokens a second for all prompts at once, when `generate` is compiled."""
+    write = functools.partial(
+        model.generate, options.prompt, max_length=options.max_length, stop_token_ids=None
+    )
+    write()
+    start = time.perf_counter()
+    for _ in range(TIMED_ROUNDS):
+        write()
+    seconds = (time.perf_counter() - start) / TIMED_ROUNDS
+    tokens = sum(options.max_length - n for n in prompt_lengths(model, options.prompt))
+    return round(tokens / seconds, 1)
+
+
+def report(results, files):
+    """Prints perplexities, what was written before and after, speeds and files."""
+    method, measured = results["method"], results["measured"]
+    print(f"\n{'Held-out perplexity':<22}{'old text':>10}{'new text':>10}    writes like")
+    for name, found in measured.items():
+        old, new = found["perplexity"].values()
+        like = next(other for other in measured if measured[other]["texts"] == found["texts"])
+        print(f"  {name:<20}{old:>10.2f}{new:>10.2f}    {like}")
+    for before, after in zip(measured["base"]["texts"], measured[method]["texts"]):
+        print(f"\nbefore  {before!r}\nafter   {after!r}")
+    print(f"\nTraining    {results['training_seconds']:.0f} s for {results['epochs']} epochs")
+    for name, speed in results["tokens_per_second"].items():
+        print(f"Writing     {speed:,.0f} tokens/s, {name}")
+    for file in files:
+        print(f"Written     {file} ({file.stat().st_size / 1e3:,.1f} kB)")
+
+
+def check(results):
+    """Ends the program if a model that should be the base or the fine-tuned one is not."""
+    measured = results["measured"]
+    for name, found in measured.items():
+        expected = measured["base" if name in ("base", "switched off") else results["method"]]
+        for kind, perplexity in found["perplexity"].items():
+            # Keras merges its LoRA into the kernels when it saves, which rounds, as merging does.
+            if abs(perplexity / expected["perplexity"][kind] - 1) > 1e-3:
+                sys.exit(f"error: {name}: the perplexity is not what it was.")
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(
+        description="Fine-tunes a KerasHub causal language model with DCFT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--preset", help="KerasHub preset or folder (default: a GPT-2 pre-trained here)")
+    add("--text-file", nargs="+", default=[], help="UTF-8 files (default: NumPy's docstrings)")
+    add("--method", choices=METHODS, default="dcft")
+    add("--kernel-size", type=positive_int, default=8)
+    add("--rank", type=positive_int, default=1)
+    add("--epochs", type=positive_int, default=6)
+    add("--batch-size", type=positive_int, default=8)
+    add("--learning-rate", type=positive_float, help="default: " + str(LEARNING_RATES))
+    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
+    add("--prompt", nargs="+", default=["Returns the", "Computes the", "Create a"])
+    add("--max-length", type=positive_int, help="tokens to write (default: --sequence-length)")
+    add("--seed", type=int, default=0)
+    add("--output-dir", default="finetuned/causal_lm")
+    options = parser.parse_args(arguments)
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.method]
+    if options.max_length is None:
+        options.max_length = options.sequence_length
+    if options.max_length > options.sequence_length:
+        parser.error(
+            "argument --max-length: must be at most --sequence-length, "
+            f"{options.sequence_length}. Received: {options.max_length}"
+        )
+    return options
+
+
+if __name__ == "__main__":
+    main()
