@@ -292,12 +292,14 @@ class DCFTKernel(DCFTLayer):
         return self.effective_weight()
 
     def call(self, inputs, training=None):
-        base = self._product(inputs, self._frozen(self._kernel))
+        outputs = self._product(inputs, self._frozen(self._kernel))
         # The bias goes first: compilers fuse it with the base product as they do in the base model,
-        # which keeps the start equal to it to the last bit.
+        # which keeps the start equal to it to the last bit. On PyTorch `+=` works in place, which
+        # saves tensors of the outputs' size.
         if self.bias is not None:
-            base += self._frozen(self.bias)
-        return self._with_increment(base, inputs, training)
+            outputs += self._frozen(self.bias)
+        outputs += self._increment_outputs(inputs, training)
+        return outputs if self.activation is None else self.activation(outputs)
 
     def quantized_call(self, inputs, training=None):
         # Keras's quantized calls end with the activation, and the increment goes in before it.
@@ -306,14 +308,14 @@ class DCFTKernel(DCFTLayer):
             base = super().quantized_call(inputs, training=training)
         finally:
             self.activation = activation
-        return self._with_increment(base, inputs, training)
+        # Not in place, which PyTorch forbids for what custom gradients return.
+        outputs = ops.add(base, self._increment_outputs(inputs, training))
+        return outputs if self.activation is None else self.activation(outputs)
 
-    def _with_increment(self, base, inputs, training):
+    def _increment_outputs(self, inputs, training):
         if self.dropout and training:  # in this order: RematScope makes `training` a JAX tracer
             inputs = keras.random.dropout(inputs, self.dropout, seed=self.dropout_seed)
-        # On PyTorch `+=` works in place, which saves a tensor of the outputs' size.
-        base += self._increment_product(inputs)
-        return base if self.activation is None else self.activation(base)
+        return self._increment_product(inputs)
 
     def _rows_product(self, inputs, contracted_axes, output_sizes):
         """The product with D and U as one of matrices, for inputs that end with what is contracted.
