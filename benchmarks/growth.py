@@ -139,6 +139,8 @@ def enabling(rounds) -> dict:
         num_key_value_heads=8,
     )
     base_parameters = backbone.count_params()
+    for weight in backbone.weights:  # JAX is still at work on them
+        getattr(weight.value, "block_until_ready", lambda: None)()
     memory_in_use()
     before, start = memory_in_use(), time.perf_counter()
     enable_dcft(backbone, kernel_size=8)
