@@ -9,27 +9,34 @@ each in `benchmarks/results/backbones.jsonl`. What is there already is skipped.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "backbones.jsonl"
 TABLE = ROOT / "docs" / "backbones.md"
 BACKENDS = ("tensorflow", "jax", "torch")
+UNNAMED = 0.1  # of a backbone's parameters, in layers too small to name
 
 INTRODUCTION = """# Every KerasHub backbone
 
 Made by `benchmarks/backbones.py`: each backbone that KerasHub 0.32 exports, in a tiny configuration
 with random weights: adapted at kernel size 2 (start equal to the base to the last bit), trained for
-one step (the filter of every adapter changed, nothing else; a filter of zeros lets no gradient
-through to A and B in the first), saved and loaded as `.keras` (difference 0), removed (difference
-0) and merged (difference below 1e-4). "Passed on" names the backends run so far.
-Numbers are those of the tiny configurations; the shares of large models are higher, as embeddings
-weigh less.
+one step from random adapters (A, B and the filter of every adapted layer changed, nothing else),
+saved and loaded as `.keras` (difference 0), removed (difference 0) and merged (difference below
+1e-4). "Passed on" names the backends run so far. Numbers are those of the tiny configurations; the
+shares of large models are higher, as embeddings weigh less.
+
+"Not covered" names the classes of layers whose own weights are not adapted, the largest first,
+until less than {unnamed:.0f} % of the parameters is left. Embeddings can be adapted, but are not by
+default. What the others hold are no `Dense` or `EinsumDense` kernels: convolutions, positions,
+normalizations, and experts' weights, which cannot be adapted ([models.md](models.md) says why).
 
 | backbone | adapted layers | their share of parameters | trainable | passed on | not covered |
 |---|---:|---:|---:|---|---|
@@ -47,7 +54,8 @@ def main():
         for backend in BACKENDS:
             environment = {**os.environ, "KERAS_BACKEND": backend}
             subprocess.run([sys.executable, __file__, "--here"], env=environment, check=True)
-    TABLE.write_text(INTRODUCTION + "\n".join(rows(read())) + "\n")
+    introduction = INTRODUCTION.format(unnamed=100 * UNNAMED)
+    TABLE.write_text(introduction + "\n".join(rows(read())) + "\n")
 
 
 def read() -> list:
@@ -67,9 +75,12 @@ def run_here():
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {backend} {name}", flush=True)
         keras.utils.clear_session()
+        gc.freeze()  # as in tests/conftest.py
         keras.utils.set_random_seed(0)
+        start = time.process_time()  # that of the clock includes other programs
         with tempfile.TemporaryDirectory() as folder:
             seen = measure(name, folder)
+        seen["cpu_seconds"] = round(time.process_time() - start, 1)
         notes = [WITHOUT_FILES[name]] if name in WITHOUT_FILES else []
         notes += [WITHOUT_GRADIENT[name][1]] if name in WITHOUT_GRADIENT else []
         run = {"backbone": name, "backend": backend, **seen, "notes": notes}
@@ -87,10 +98,23 @@ def passed(run) -> bool:
     )
 
 
+def others(run) -> list:
+    """The largest classes of layers that are not adapted, each with its share in words."""
+    unnamed = sum(run["other_parameters"].values())
+    named = []
+    for kind, size in sorted(run["other_parameters"].items(), key=lambda item: -item[1]):
+        if unnamed < UNNAMED * run["parameters"]:
+            break
+        unnamed -= size
+        named.append(f"{kind} {100 * size / run['parameters']:.0f} %")
+    return named
+
+
 def rows(results):
     names = sorted({run["backbone"] for run in results})
     for name in names:
         runs = [run for run in results if run["backbone"] == name]
+        runs.sort(key=lambda run: BACKENDS.index(run["backend"]))
         run = runs[0]
         if not run["dense_layers"]:
             told = ", ".join(r["backend"] for r in runs if "at least one built" in r["error"])
@@ -99,9 +123,7 @@ def rows(results):
         same = all(r["adapted"] == run["adapted"] for r in runs)
         where = ", ".join(r["backend"] for r in runs if passed(r))
         left = [] if same else ["**other layers on other backends**"]
-        if run["expert_parameters"]:
-            share = 100 * run["expert_parameters"] / run["parameters"]
-            left.append(f"expert weights, {share:.0f} % of the parameters")
+        left += others(run)
         if run["narrow"]:
             left.append("too narrow for kernel size 2: " + ", ".join(run["narrow"]))
         unbuilt = {path for r in runs for path in r["unbuilt"]}

@@ -1,5 +1,6 @@
 """What is done to every backbone: adapted, trained a step, saved, loaded, removed, merged."""
 
+import collections
 import contextlib
 import re
 
@@ -11,7 +12,8 @@ from tools import array, randomize_adapters, values
 import backbones
 from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
 from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
-from keras_dcft.planning import dcft_layers, walk
+from keras_dcft.layers import ADAPTER_VARIABLES
+from keras_dcft.planning import walk
 
 # Layers of these tiny backbones to which no gradient comes.
 WITHOUT_GRADIENT = {
@@ -32,7 +34,7 @@ WITHOUT_FILES = {
 
 
 class Step(keras.Model):
-    """A model around a backbone whose loss is the mean square of all its outputs."""
+    """A model around a backbone whose loss is a polynomial of all its outputs."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -41,7 +43,8 @@ class Step(keras.Model):
     def call(self, inputs):
         outputs = self.backbone(inputs, training=True)
         floats = [o for o in keras.tree.flatten(outputs) if "float" in str(o.dtype)]
-        self.add_loss(sum(ops.mean(ops.square(o)) for o in floats))
+        # Not squares alone, whose mean is the same for any outputs that are normalized.
+        self.add_loss(sum(ops.mean(ops.square(o) * (1 + o)) for o in floats))
         return ops.zeros((backbones.BATCH, 1))
 
 
@@ -85,7 +88,7 @@ def measure(name: str, folder) -> dict:
         "parameters": model.count_params(),
         "dense_layers": len(built),
         "dense_parameters": sum(layer.count_params() for layer in built.values()),
-        "expert_parameters": _expert_parameters(layers.values()),
+        "other_parameters": _parameters_by_class(model, layers, built),
         "unbuilt": sorted(set(dense) - set(built)),
         "narrow": sorted(path for path, x in built.items() if min(matrix_shape_of(x)) < 2),
     }
@@ -106,21 +109,7 @@ def measure(name: str, folder) -> dict:
     seen["trainable"] = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     seen["start_difference"] = difference(frozen_base, flat_outputs(model, inputs))
 
-    step = Step(model)
-    step.compile(keras.optimizers.SGD(1.0))
-    adapters = {id(v) for layer in dcft_layers(model) for v in layer.trainable_variables}
-    frozen = [v for v in model.weights if id(v) not in adapters]
-    before = values(frozen)
-    step.train_on_batch(inputs)
-    seen["changed_base_weights"] = [
-        v.path for v, old in zip(frozen, before) if not np.array_equal(array(v), old)
-    ]
-    without, _ = WITHOUT_GRADIENT.get(name, ("^$", ""))
-    seen["untrained"] = [
-        path
-        for path, layer in model._dcft_adaptation.layers.items()
-        if not np.any(array(layer.dcft_filter)) and not re.search(without, path)
-    ]
+    seen.update(_train(name, model, inputs))
 
     randomize_adapters(model, scale=0.15)  # more would make some of the deep models chaotic
     adapted = flat_outputs(model, inputs)
@@ -138,10 +127,44 @@ def measure(name: str, folder) -> dict:
     return seen
 
 
-def _expert_parameters(layers) -> int:
-    return sum(
-        int(np.prod(variable.shape))
-        for layer in layers
-        if "Expert" in type(layer).__name__ or "MoE" in type(layer).__name__
-        for variable in keras_internals.own_weights(layer)
-    )
+def _train(name, model, inputs) -> dict:
+    """Trains for a step; returns what changed but should not have, and the other way round."""
+    randomize_adapters(model, scale=0.15)  # no gradient passes a filter of zeros to A and B
+    adapters = {
+        (path, variable): getattr(layer, variable)
+        for path, layer in model._dcft_adaptation.layers.items()
+        for variable in ADAPTER_VARIABLES
+    }
+    adapted = {id(v) for v in adapters.values()}
+    frozen = [v for v in model.weights if id(v) not in adapted]
+    before, adapters_before = values(frozen), values(adapters.values())
+    step = Step(model)
+    # Its first step has one size for all gradients; some are so small that rounding takes others.
+    step.compile(keras.optimizers.Adam(0.01, epsilon=1e-20))
+    step.optimizer.build(step.trainable_variables)  # else TensorFlow traces the step twice
+    step.train_on_batch(inputs)
+    after, adapters_after = values(frozen), values(adapters.values())
+    without, _ = WITHOUT_GRADIENT.get(name, ("^$", ""))
+    return {
+        "changed_base_weights": [
+            v.path for v, old, new in zip(frozen, before, after) if not np.array_equal(old, new)
+        ],
+        "untrained": [
+            f"{path}/{variable}"
+            for (path, variable), old, new in zip(adapters, adapters_before, adapters_after)
+            if (np.array_equal(old, new) or not np.all(np.isfinite(new)))
+            and not re.search(without, path)
+        ],
+    }
+
+
+def _parameters_by_class(model, layers, but) -> dict:
+    """How many parameters are in layers' own weights, by class, most first, but for some layers."""
+    counted = {id(v) for layer in but.values() for v in layer.weights}
+    numbers = collections.Counter()
+    for layer in (model, *layers.values()):
+        for variable in keras_internals.own_weights(layer):
+            if id(variable) not in counted:
+                counted.add(id(variable))
+                numbers[type(layer).__name__] += int(np.prod(variable.shape))
+    return dict(numbers.most_common())

@@ -174,7 +174,13 @@ def gemma4():
         "pooling_intermediate_dim": 20,
         "embedding_dim": 8,
         "vision_encoder": keras_hub.models.Gemma4VisionEncoder(
-            **LAYERS, image_size=4, patch_size=2, pool_size=2, head_dim=8, output_dim=16
+            **LAYERS,
+            image_size=4,
+            patch_size=2,
+            pool_size=2,
+            head_dim=8,
+            output_dim=16,
+            position_embedding_size=2,
         ),
         "audio_encoder": keras_hub.models.Gemma4AudioEncoder(
             input_feat_size=8,
@@ -219,7 +225,7 @@ def sam3():
             **LAYERS,
             **image,
             fpn_hidden_dim=16,
-            fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
+            fpn_scale_factors=[2.0, 1.0, 0.5],
             pretrain_image_shape=(8, 8, 3),
             window_size=2,
             global_attn_indexes=[],
@@ -228,7 +234,7 @@ def sam3():
         "geometry_encoder": layers.SAM3GeometryEncoder(**detr, roi_size=2),
         "detr_encoder": layers.SAM3DetrEncoder(**detr),
         "detr_decoder": layers.SAM3DetrDecoder(**detr, **image, num_queries=3),
-        "mask_decoder": layers.SAM3MaskDecoder(num_upsampling_stages=3, hidden_dim=16, num_heads=2),
+        "mask_decoder": layers.SAM3MaskDecoder(num_upsampling_stages=1, hidden_dim=16, num_heads=2),
     }
 
 
