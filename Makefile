@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BACKEND ?= tensorflow
 BIN = .venv/bin
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: setup demo test test-tensorflow test-jax test-torch lint clean
 
@@ -15,7 +15,7 @@ setup: .venv/ready
 	touch .venv/ready
 
 demo: setup
-	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/finetune_text_classifier.py --train-size 1600
+	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/finetune_text_classifier.py --train-size 1400
 
 test: setup lint test-tensorflow test-jax test-torch
 

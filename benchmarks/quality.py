@@ -31,7 +31,7 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 from finetune_question_answering import load_preset, make_model, model_inputs
-from methods import default_preset, enable_keras_lora, linear_decay
+from methods import build_optimizer, default_preset, enable_keras_lora, linear_decay
 from question_answering import answers, make_windows
 from squad_data import load_questions, score, split_by_article
 from text_classifier import make_classifier
@@ -136,6 +136,7 @@ def measure(task, method, rate, seed, data) -> dict:
         # XLA would compile for every length.
         jit_compile=False,
     )
+    build_optimizer(model)
     history = model.fit(train_batches, steps_per_epoch=steps, verbose=0).history
     return {
         "validation": data["score"](model, data["validation"]),
@@ -373,10 +374,15 @@ def draw(rows):
 def report(runs):
     rows = summary(runs)
     draw(rows)
-    start, end = "<!-- made by benchmarks/quality.py -->", "<!-- end -->"
-    before, rest = PAGE.read_text().split(start)
-    PAGE.write_text(f"{before}{start}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}")
+    fill(PAGE, "quality.py", table(rows))
     print(table(rows))
+
+
+def fill(page, program, text):
+    """Puts what a program made between its marks in a page."""
+    start, end = f"<!-- made by benchmarks/{program} -->", "<!-- end -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Running text for language models: an installed library's docstrings, or files."""
+"""Running text for language models: installed libraries' docstrings, or files."""
 
 import dataclasses
 import random
@@ -22,15 +22,15 @@ class Corpus:
     held_out: list
 
 
-def library_corpus(library: str, seed: int = 0) -> Corpus:
-    """The different docstrings of an installed library, each in one line, in random order.
+def docstring_corpus(libraries, seed: int = 0) -> Corpus:
+    """The different docstrings of installed libraries, each in one line, in random order.
 
     Whole modules go to either side of the split, so that near-copies within a module do not leak.
     """
     rng = random.Random(seed)
-    corpus = Corpus(f"{library} docstrings", [], [])
+    corpus = Corpus(f"docstrings of {' and '.join(libraries)}", [], [])
     seen = {""}
-    for module in library_modules(library):
+    for module in (module for library in libraries for module in library_modules(library)):
         side = corpus.held_out if rng.random() < HELD_OUT_SHARE else corpus.train
         texts = dict.fromkeys(text for text in docstrings(module) if text not in seen)
         seen.update(texts)

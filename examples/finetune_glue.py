@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ from command_line import (
     progress_verbosity,
     run_or_exit,
 )
-from methods import LEARNING_RATES, apply_method, default_preset, linear_decay
+from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import pearsonr, spearmanr
@@ -166,6 +166,7 @@ def train(classifier, data, settings) -> float:
         loss, metric = keras.losses.MeanSquaredError(), "mean_absolute_error"
     optimizer = keras.optimizers.Adam(schedule)
     classifier.compile(optimizer=optimizer, loss=loss, metrics=[metric])
+    build_optimizer(classifier)
     start = time.perf_counter()
     classifier.fit(dataset, epochs=settings["epochs"], shuffle=False, verbose=progress_verbosity())
     return time.perf_counter() - start

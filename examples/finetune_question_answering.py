@@ -20,7 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_hub
@@ -35,7 +35,7 @@ from command_line import (
     run_or_exit,
 )
 from keras import ops
-from methods import LEARNING_RATES, apply_method, default_preset, linear_decay
+from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
 from question_answering import answers, make_windows
 from squad_data import load_question_data, score
 
@@ -117,7 +117,8 @@ def run(options):
     results_file = output_dir / "results.json"
     results_file.write_text(json.dumps(results, indent=2) + "\n")
 
-    print_samples(held_out_questions[:SAMPLES], predictions)
+    every = -(-len(held_out_questions) // SAMPLES)  # not all on one article
+    print_samples(held_out_questions[::every], predictions)
     print("\nHeld-out                              exact match      F1")
     for name, scores in (("before training", before), (options.method, after)):
         print(f"                    {name:<18}{scores['exact_match']:11.2f}{scores['f1']:8.2f}")
@@ -176,6 +177,7 @@ def train(model, windows, options, record) -> float:
         optimizer=keras.optimizers.Adam(linear_decay(options.learning_rate, steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
+    build_optimizer(model)
     start = time.perf_counter()
     with warnings.catch_warnings():
         # BERT's pooler is adapted like all dense layers, but no answer depends on it.

@@ -55,3 +55,8 @@ def enable_keras_lora(backbone, rank: int):
 def linear_decay(learning_rate: float, steps: int):
     """A learning rate that falls to zero in a straight line."""
     return keras.optimizers.schedules.PolynomialDecay(learning_rate, steps, end_learning_rate=0.0)
+
+
+def build_optimizer(model):
+    """Makes the optimizer's variables now; else TensorFlow traces the first step twice."""
+    model.optimizer.build(model.trainable_variables)

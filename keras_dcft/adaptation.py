@@ -60,7 +60,7 @@ def enable_dcft(
         dropout: float in [0, 1), dropout on the increments' inputs while training.
         orthogonality: float, the paper's γ (0.1 there). Adds
             `γ/2n · Σ (‖AᵀA − I‖_F + ‖BBᵀ − I‖_F)` over the n adapted layers to the loss.
-        factor_initializer: initializer of `dcft_a` and `dcft_b`; N(0, 0.02²) if None.
+        factor_initializer: initializer of `dcft_a` and `dcft_b`; N(0, 0.01²) if None.
         filter_initializer: initializer of `dcft_filter`; zeros if None.
         target_layers: which Dense, EinsumDense and embedding layers to adapt: a regular expression
             that is searched for in layer paths, a list of them, or a function of a layer that

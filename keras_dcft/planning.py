@@ -3,7 +3,7 @@
 The decision is a plain dict, `dcft_config`, that can be printed and compared, and that is what a
 saved model carries:
 
-    {"rank": 1, "alpha": 4.0, "dropout": 0.0, "orthogonality": 0.0,
+    {"rank": 1, "alpha": 16.0, "dropout": 0.0, "orthogonality": 0.0,
      "layers": {path: kernel size}, "trainable_layers": [path]}
 """
 

@@ -328,7 +328,7 @@ def test_other_architectures_and_settings_are_refused(tmp_path):
         load_dcft_weights(words[1], tmp_path / "words.dcft.safetensors")
     for arguments, found in [
         ({"rank": 2}, "Expected: rank=1. Found: rank=2"),
-        ({"alpha": 8}, "Expected: alpha=4.0. Found: alpha=8.0"),
+        ({"alpha": 8}, "Expected: alpha=16.0. Found: alpha=8.0"),
         ({"kernel_size": 2}, "Found: layers={'dense': 2"),
     ]:
         model = enable_dcft(sequential(), **{"kernel_size": 4, **arguments})

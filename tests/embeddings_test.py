@@ -28,7 +28,7 @@ def built(cls, vocabulary=23, dim=10, kernel_size=4, seed=0, rank=2, **arguments
     layer = cls(vocabulary, dim, kernel_size=kernel_size, rank=rank, **arguments)
     layer.build()
     rng = np.random.default_rng(seed)
-    for name in ADAPTER_VARIABLES:
+    for name in ("_embeddings", *ADAPTER_VARIABLES):
         variable = getattr(layer, name)
         variable.assign(rng.normal(size=variable.shape))
     return layer
@@ -84,11 +84,13 @@ def assert_equals_reference(layer, ids, width, seed):
 
 
 @settings(max_examples=200)
-@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.data())
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.data())
 def test_lookup_and_projection_equal_the_reference(vocabulary, dim, rank, data):
     kernel_size = data.draw(st.integers(1, min(vocabulary, dim)))
     seed = data.draw(st.integers(0, 10**6))
-    layer = built(BothWays, vocabulary, dim, kernel_size, seed, rank)
+    # Zeros for what NumPy draws anyway: JAX compiles a random generator anew for each shape.
+    zeros = {"embeddings_initializer": "zeros", "factor_initializer": "zeros"}
+    layer = built(BothWays, vocabulary, dim, kernel_size, seed, rank, **zeros)
     ids = np.random.default_rng(seed).integers(0, vocabulary, (2, 3))
     assert_equals_reference(layer, ids, dim + vocabulary, seed)
 

@@ -13,6 +13,9 @@ from keras_dcft.layers import ADAPTER_VARIABLES, einsum_axes
 
 BACKEND = keras.backend.backend()
 
+# For layers whose values NumPy draws: JAX compiles a random generator anew for each shape.
+NOT_DRAWN = {"kernel_initializer": "zeros", "factor_initializer": "zeros"}
+
 # Every way in which kernel axes are placed in KerasHub's EinsumDense layers, and a few more.
 EQUATIONS = [
     "ab,bc->ac",
@@ -59,7 +62,7 @@ def reference(base, adapter, scale, equation, inputs, cotangent):
 def assert_equals_reference(layer, equation, inputs, output_shape, seed):
     rng = np.random.default_rng(seed)
     adapter = [getattr(layer, name) for name in ADAPTER_VARIABLES]
-    for variable in adapter:
+    for variable in (layer._kernel, *adapter):
         variable.assign(rng.normal(size=variable.shape))
     cotangent = rng.normal(size=output_shape).astype("float32")
     outputs, gradients = outputs_and_gradients(layer, inputs, cotangent, ADAPTER_VARIABLES)
@@ -83,7 +86,7 @@ def assert_equals_reference(layer, equation, inputs, output_shape, seed):
 def test_dense_equals_the_reference(input_dim, units, rank, data):
     kernel_size = data.draw(st.integers(1, min(input_dim, units)))
     seed = data.draw(st.integers(0, 10**6))
-    layer = DCFTDense(units, kernel_size=kernel_size, rank=rank, use_bias=False)
+    layer = DCFTDense(units, kernel_size=kernel_size, rank=rank, use_bias=False, **NOT_DRAWN)
     layer.build((None, input_dim))
     inputs = np.random.default_rng(seed).normal(size=(3, input_dim)).astype("float32")
     assert_equals_reference(layer, "ab,bc->ac", inputs, (3, units), seed)
@@ -133,7 +136,8 @@ def assert_equation_equals_reference(equation, rank, data):
     seed = data.draw(st.integers(0, 10**6))
     given_shape = [size[c] for c in equation.split("->")[1].replace("...", "")]
     given_shape = given_shape if equation.startswith("...") else given_shape[1:]
-    layer = DCFTEinsumDense(equation, tuple(given_shape), kernel_size=kernel_size, rank=rank)
+    arguments = {"kernel_size": kernel_size, "rank": rank, **NOT_DRAWN}
+    layer = DCFTEinsumDense(equation, tuple(given_shape), **arguments)
     x = np.random.default_rng(seed).normal(size=[size[c] for c in inputs]).astype("float32")
     layer.build(x.shape)
     assert layer.matrix_shape == (rows, columns)

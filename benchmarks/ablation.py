@@ -1,0 +1,312 @@
+"""What makes DCFT better or worse at a fixed number of trainable numbers and steps.
+
+    python benchmarks/ablation.py --data-dir ~/tfds     # about a minute a run on two cores
+    python benchmarks/ablation.py --report              # the table in docs/choices.md
+
+The real MiniLM BERT, 4,000 SST-2 training sentences; every variant changes one thing of a
+reference: kernel size 8, rank 1, alpha 4, A and B drawn from N(0, 0.02²), a zero filter, Adam at
+5e-3 with a linear decay, 2 epochs. Accuracy and loss are of 3,000 *other training sentences*; no
+reported set plays a part. One JSON line a run in `benchmarks/results/ablation.jsonl`; runs already
+there are skipped.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import initializers, optimizers
+from methods import build_optimizer, linear_decay
+from quality import batches, by_length, cut, fill, load, make, start_as_lora
+
+from keras_dcft import PAPER_RECIPE, enable_dcft
+from keras_dcft.planning import dcft_layers, walk
+
+RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
+PAGE = ROOT / "docs" / "choices.md"
+
+
+def normal(deviation):
+    return initializers.RandomNormal(stddev=deviation)
+
+
+@dataclasses.dataclass
+class Variant:
+    """One thing changed.
+
+    Attributes:
+        arguments: of `enable_dcft`.
+        start: sets the adapters' first values, from the adapted backbone and the data.
+        rates: factors of the learning rate for A and B, and for the filter.
+        shared: one filter for all layers of one kind.
+    """
+
+    arguments: dict = dataclasses.field(default_factory=dict)
+    start: callable = None
+    rate: float = 5e-3
+    rates: tuple = (1.0, 1.0)
+    weight_decay: float = 0.0
+    shared: bool = False
+    epochs: int = 2
+
+
+# --- starts ---
+
+
+def zero_b(backbone, data):
+    """As LoRA starts: A random, B zero; the filter orthogonal."""
+    for layer in dcft_layers(backbone):
+        layer.dcft_a.assign(initializers.HeUniform()(layer.dcft_a.shape))
+        layer.dcft_b.assign(np.zeros(layer.dcft_b.shape))
+        layer.dcft_filter.assign(initializers.Orthogonal()(layer.dcft_filter.shape))
+
+
+def lora(backbone, data):
+    start_as_lora(backbone)
+
+
+def from_kernel(backbone, data):
+    """A and B the directions of the kernel's own best approximation by an increment."""
+    for layer in dcft_layers(backbone):
+        set_directions(layer, np.array(layer.frozen_weight))
+
+
+def from_gradient(backbone, data):
+    """A and B the directions of the best approximation of the first batches' kernel gradients."""
+    plain, plain_backbone = make("sst2")
+    layers = walk(plain_backbone)
+    kernels = {path: layers[path]._kernel for path in backbone.dcft_config["layers"]}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    dataset, _ = batches(data["train"], 1, 1000)
+    sums = {path: 0.0 for path in kernels}
+    for inputs, labels in dataset.take(16):
+        with tf.GradientTape() as tape:
+            value = loss(labels, plain(inputs, training=False))
+        found = tape.gradient(value, [kernel.value for kernel in kernels.values()])
+        sums = {path: sums[path] + g.numpy() for path, g in zip(kernels, found)}
+    adapted = walk(backbone)
+    for path, gradient in sums.items():
+        set_directions(adapted[path], gradient)
+
+
+def set_directions(layer, weight):
+    """A and B of unit norm from the best approximation of a matrix by (A B) x filter (van Loan)."""
+    d, (rows, columns) = layer.kernel_size, layer.matrix_shape
+    blocks = weight.reshape(rows // d, d, columns // d, d).transpose(0, 2, 1, 3)
+    left, _, _ = np.linalg.svd(blocks.reshape(-1, d * d), full_matrices=False)
+    u, _, vh = np.linalg.svd(left[:, 0].reshape(rows // d, columns // d), full_matrices=False)
+    layer.dcft_a.assign(u[:, : layer.rank])
+    layer.dcft_b.assign(vh[: layer.rank])
+
+
+# What every variant changes one thing of.
+REFERENCE = {"alpha": 4.0, "factor_initializer": normal(0.02)}
+
+VARIANTS = {
+    "reference": Variant(),
+    "LoRA, rank 1": Variant({"kernel_size": 1, "alpha": 1.0}, lora),
+    "LoRA, rank 1, rate 2e-3": Variant({"kernel_size": 1, "alpha": 1.0}, lora, rate=2e-3),
+    "LoRA, rank 1, rate 1e-2": Variant({"kernel_size": 1, "alpha": 1.0}, lora, rate=1e-2),
+    # The start
+    "all N(0, 0.02²), the paper's": Variant({"filter_initializer": normal(0.02)}),
+    "orthonormal A and B": Variant({"factor_initializer": initializers.Orthogonal()}),
+    "zero B, orthogonal filter": Variant(start=zero_b),
+    "A and B from the kernel": Variant(start=from_kernel),
+    "A and B from the first gradient": Variant(start=from_gradient),
+    # Sizes
+    "alpha 1": Variant({"alpha": 1.0}),
+    "alpha 2": Variant({"alpha": 2.0}),
+    "alpha 8": Variant({"alpha": 8.0}),
+    "alpha 16": Variant({"alpha": 16.0}),
+    "alpha 64": Variant({"alpha": 64.0}),
+    "alpha 16, rate 1e-2": Variant({"alpha": 16.0}, rate=1e-2),
+    "alpha 16, kernel size 2": Variant({"alpha": 16.0, "kernel_size": 2}),
+    "alpha 16, rank 2, kernel size 12": Variant({"alpha": 16.0, "rank": 2, "kernel_size": 12}),
+    "alpha 16, rank 4, kernel size 8": Variant({"alpha": 16.0, "rank": 4}),
+    # Both: A and B change faster for their size, as alpha makes up for their start
+    **{
+        f"alpha {alpha}, A and B N(0, {deviation}²)": Variant(
+            {"alpha": float(alpha), "factor_initializer": normal(deviation)}
+        )
+        for alpha, deviation in ((64, 0.005), (64, 0.001), (256, 0.0025), (256, 0.005), (16, 0.01))
+    },
+    **{
+        f"alpha 64, A and B N(0, 0.005²), {name}": Variant(
+            {"alpha": 64.0, "factor_initializer": normal(0.005), **arguments}
+        )
+        for name, arguments in {
+            "kernel size 2": {"kernel_size": 2},
+            "kernel size 16": {"kernel_size": 16},
+            "rank 2, kernel size 12": {"rank": 2, "kernel_size": 12},
+            "rank 4": {"rank": 4},
+            "orthogonality 0.1": {"orthogonality": 0.1},
+        }.items()
+    },
+    # Learning rates
+    "rate 2.5e-3": Variant(rate=2.5e-3),
+    "rate 1e-2": Variant(rate=1e-2),
+    "filter's rate x 1/4": Variant(rates=(1.0, 0.25)),
+    "filter's rate x 4": Variant(rates=(1.0, 4.0)),
+    "A's and B's rate x 1/4": Variant(rates=(0.25, 1.0)),
+    "A's and B's rate x 4": Variant(rates=(4.0, 1.0)),
+    # Form, at about the same count
+    "rank 2, kernel size 12": Variant({"rank": 2, "kernel_size": 12}),
+    "rank 2, kernel size 16": Variant({"rank": 2, "kernel_size": 16}),
+    "rank 4, kernel size 16": Variant({"rank": 4, "kernel_size": 16}),
+    "rank 4, kernel size 8": Variant({"rank": 4}),
+    "kernel size 4": Variant({"kernel_size": 4}),
+    "kernel size 2": Variant({"kernel_size": 2}),
+    "kernel size 16": Variant({"kernel_size": 16}),
+    "filters shared by kind": Variant(shared=True),
+    "LoRA, rank 1, one block of six": Variant(
+        {"kernel_size": 1, "alpha": 1.0, "target_layers": "transformer_layer_5/"}, lora
+    ),
+    # Regularisation and length
+    "orthogonality 0.1": Variant({"orthogonality": 0.1}),
+    "the paper's recipe": Variant(PAPER_RECIPE),
+    "weight decay 0.01": Variant(weight_decay=0.01),
+    "weight decay 0.1": Variant(weight_decay=0.1),
+    "4 epochs": Variant(epochs=4),
+    "LoRA, rank 1, 4 epochs": Variant({"kernel_size": 1, "alpha": 1.0}, lora, epochs=4),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="folder of tensorflow_datasets with GLUE")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--report", action="store_true", help="write the table in the docs")
+    options = parser.parse_args()
+    if options.report:
+        return fill(PAGE, "ablation.py", table(finished()))
+    data = load("sst2", options)
+    for seed in options.seeds:
+        for name in options.variants:
+            run = {"variant": name, "seed": seed}
+            if any(run.items() <= done.items() for done in finished()):
+                continue
+            result = {**run, **measure(VARIANTS[name], seed, data)}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result, flush=True)
+
+
+def finished() -> list:
+    return [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def measure(variant, seed, data) -> dict:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    model, backbone = make("sst2")
+    enable_dcft(backbone, **{**REFERENCE, **variant.arguments})
+    if variant.start:
+        variant.start(backbone, data)
+    dataset, steps = batches(data["train"], variant.epochs, seed)
+    model.compile(
+        optimizer=optimizer(variant, steps, backbone),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    build_optimizer(model)
+    history = model.fit(dataset, steps_per_epoch=steps, verbose=0).history
+    accuracy, loss = accuracy_and_loss(model, data["validation"])
+    return {
+        "accuracy": accuracy,
+        "loss": loss,
+        "training_loss": history["loss"][-1],
+        "trainable_parameters": count(backbone, variant),
+        "steps": steps,
+        "backend": keras.backend.backend(),
+    }
+
+
+def optimizer(variant, steps, backbone):
+    def adam(factor=1.0):
+        schedule = linear_decay(variant.rate * factor, steps)
+        if variant.shared:
+            return SharedFilters(schedule)
+        return optimizers.AdamW(schedule, weight_decay=variant.weight_decay)
+
+    if variant.rates == (1.0, 1.0):
+        return adam()
+    factors, filters = variant.rates
+    return optimizers.MultiOptimizer(
+        optimizers.OptimizerMap(
+            adam(), {".*/dcft_[ab]": adam(factors), ".*/dcft_filter": adam(filters)}
+        )
+    )
+
+
+class SharedFilters(optimizers.Adam):
+    """Adam that moves the filters of all layers of one kind by the sum of their gradients.
+
+    They start equal, so they stay equal, as one variable would that the layers share.
+    """
+
+    def apply(self, grads, trainable_variables=None):
+        kinds = [kind(v) for v in self._trainable_variables]
+        sums = {k: sum(g for g, other in zip(grads, kinds) if other == k) for k in kinds if k}
+        super().apply([sums.get(k, g) for k, g in zip(kinds, grads)], trainable_variables)
+
+
+def kind(variable):
+    """What is the same for the filters of one kind of layer in all blocks."""
+    if not variable.path.endswith("dcft_filter"):
+        return None
+    return re.sub(r"\d+", "", "/".join(variable.path.split("/")[-3:-1]))
+
+
+def count(backbone, variant) -> int:
+    total = sum(int(np.prod(v.shape)) for v in backbone.trainable_variables)
+    if variant.shared:
+        filters = [v for v in backbone.trainable_variables if kind(v)]
+        total -= (len(filters) - len({kind(v) for v in filters})) * int(np.prod(filters[0].shape))
+    return total
+
+
+def accuracy_and_loss(model, examples):
+    order = by_length(examples)
+    parts = np.array_split(order, range(128, len(order), 128))
+    logits = np.concatenate([model.predict_on_batch(cut(examples, part)[0]) for part in parts])
+    labels = examples["labels"][order]
+    loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    return float(np.mean(logits.argmax(-1) == labels)), float(np.mean(loss))
+
+
+def table(runs) -> str:
+    lines = [
+        "| variant | trainable | accuracy, by seed | mean | loss, by seed | last training loss |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in VARIANTS:
+        mine = [run for run in runs if run["variant"] == name]
+        if mine:
+            accuracies, losses, training = (
+                [run[key] for run in mine] for key in ("accuracy", "loss", "training_loss")
+            )
+            lines.append(
+                f"| {name} | {mine[0]['trainable_parameters']:,} | {listed(accuracies, 4)} | "
+                f"{statistics.mean(accuracies):.4f} | {listed(losses, 3)} | {listed(training, 3)} |"
+            )
+    return "\n".join(lines)
+
+
+def listed(values, digits) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()
