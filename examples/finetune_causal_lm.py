@@ -205,7 +205,7 @@ def measurements(model, held_out, options) -> dict:
 def write(model, options) -> list:
     """What the model writes, drawn with the same random numbers each time."""
     state = model.sampler.seed_generator.state
-    state.assign(keras.ops.zeros_like(state))
+    state.assign(keras.ops.zeros(state.shape, state.dtype))
     return model.generate(options.prompt, max_length=options.max_length)
 
 
