@@ -288,7 +288,8 @@ def accuracy_and_loss(model, examples):
 
 def table(runs) -> str:
     lines = [
-        "| variant | trainable | accuracy, by seed | mean | loss, by seed | last training loss |",
+        "| variant | trainable | accuracy, by seed | mean | loss, by seed "
+        "| training loss, mean of all steps |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in VARIANTS:

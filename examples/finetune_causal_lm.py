@@ -34,7 +34,7 @@ from command_line import (
     run_or_exit,
 )
 from corpora import docstring_corpus, file_corpus, read_text
-from methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay
+from methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay, load_task
 from small_gpt2 import small_gpt2
 
 from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_weights
@@ -79,7 +79,7 @@ def run(options, **size):
 
     files = [output_dir / "model.keras"]
     model.save(files[0])
-    reloaded = keras.saving.load_model(files[0])
+    reloaded = load_task(files[0])
     compile_model(reloaded)
     measured["reloaded"] = measure(reloaded)
     if options.method == "dcft":

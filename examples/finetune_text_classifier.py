@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -32,7 +31,14 @@ from command_line import (
     progress_verbosity,
     run_or_exit,
 )
-from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
+from methods import (
+    LEARNING_RATES,
+    apply_method,
+    build_optimizer,
+    default_preset,
+    linear_decay,
+    load_task,
+)
 from text_classifier import batches, make_classifier
 from text_data import load_text_data
 
@@ -98,10 +104,7 @@ def run(options):
 
     model_file = output_dir / "model.keras"
     classifier.save(model_file)
-    with warnings.catch_warnings():
-        # KerasHub compiles every task with an optimizer of its own, also what is to predict only.
-        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-        reloaded = keras.saving.load_model(model_file, compile=False)
+    reloaded = load_task(model_file)
     sample = tf.constant(data.held_out_texts[:64])
     sample = tuple(tf.unstack(sample, axis=1)) if sample.shape.rank == 2 else sample
     difference = float(

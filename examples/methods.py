@@ -1,5 +1,6 @@
 """The ways of fine-tuning that the examples compare, and the real BERT they start from."""
 
+import warnings
 from pathlib import Path
 
 import keras
@@ -60,3 +61,10 @@ def linear_decay(learning_rate: float, steps: int):
 def build_optimizer(model):
     """Makes the optimizer's variables now; else TensorFlow traces the first step twice."""
     model.optimizer.build(model.trainable_variables)
+
+
+def load_task(path):
+    """A KerasHub task from a `.keras` file, with the optimizer that KerasHub compiles it with."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        return keras.saving.load_model(path, compile=False)
