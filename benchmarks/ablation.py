@@ -1,10 +1,10 @@
 """What makes DCFT better or worse at a fixed number of trainable numbers and steps.
 
-    python benchmarks/ablation.py --data-dir ~/tfds     # about a minute a run on two cores
+    python benchmarks/ablation.py --data-dir ~/tfds     # some two minutes a run on two cores
     python benchmarks/ablation.py --report              # the table in docs/choices.md
 
-The real MiniLM BERT, 4,000 SST-2 training sentences; every variant changes one thing of a
-reference: kernel size 8, rank 1, alpha 4, A and B drawn from N(0, 0.02²), a zero filter, Adam at
+The real MiniLM BERT, 4,000 SST-2 training sentences; every variant changes what its name
+says of a reference: kernel size 8, rank 1, alpha 4, A and B drawn from N(0, 0.02²), a zero filter, Adam at
 5e-3 with a linear decay, 2 epochs. Accuracy and loss are of 3,000 *other training sentences*; no
 reported set plays a part. One JSON line a run in `benchmarks/results/ablation.jsonl`; runs already
 there are skipped.
@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow as tf
 from keras import initializers, optimizers
 from methods import build_optimizer, linear_decay
-from quality import batches, by_length, cut, fill, load, make, start_as_lora
+from quality import batches, fill, labels_and_logits, load, make, start_as_lora
 
 from keras_dcft import PAPER_RECIPE, enable_dcft
 from keras_dcft.planning import dcft_layers, walk
@@ -43,7 +43,7 @@ def normal(deviation):
 
 @dataclasses.dataclass
 class Variant:
-    """One thing changed.
+    """What is changed.
 
     Attributes:
         arguments: of `enable_dcft`.
@@ -110,13 +110,12 @@ def set_directions(layer, weight):
     layer.dcft_b.assign(vh[: layer.rank])
 
 
-# What every variant changes one thing of.
+# What every variant starts from.
 REFERENCE = {"alpha": 4.0, "factor_initializer": normal(0.02)}
 
 VARIANTS = {
     "reference": Variant(),
     "LoRA, rank 1": Variant({"kernel_size": 1, "alpha": 1.0}, lora),
-    "LoRA, rank 1, rate 2e-3": Variant({"kernel_size": 1, "alpha": 1.0}, lora, rate=2e-3),
     "LoRA, rank 1, rate 1e-2": Variant({"kernel_size": 1, "alpha": 1.0}, lora, rate=1e-2),
     # The start
     "all N(0, 0.02²), the paper's": Variant({"filter_initializer": normal(0.02)}),
@@ -125,15 +124,10 @@ VARIANTS = {
     "A and B from the kernel": Variant(start=from_kernel),
     "A and B from the first gradient": Variant(start=from_gradient),
     # Sizes
-    "alpha 1": Variant({"alpha": 1.0}),
-    "alpha 2": Variant({"alpha": 2.0}),
     "alpha 8": Variant({"alpha": 8.0}),
     "alpha 16": Variant({"alpha": 16.0}),
     "alpha 64": Variant({"alpha": 64.0}),
     "alpha 16, rate 1e-2": Variant({"alpha": 16.0}, rate=1e-2),
-    "alpha 16, kernel size 2": Variant({"alpha": 16.0, "kernel_size": 2}),
-    "alpha 16, rank 2, kernel size 12": Variant({"alpha": 16.0, "rank": 2, "kernel_size": 12}),
-    "alpha 16, rank 4, kernel size 8": Variant({"alpha": 16.0, "rank": 4}),
     # Both: A and B change faster for their size, as alpha makes up for their start
     **{
         f"alpha {alpha}, A and B N(0, {deviation}²)": Variant(
@@ -147,14 +141,11 @@ VARIANTS = {
         )
         for name, arguments in {
             "kernel size 2": {"kernel_size": 2},
-            "kernel size 16": {"kernel_size": 16},
             "rank 2, kernel size 12": {"rank": 2, "kernel_size": 12},
             "rank 4": {"rank": 4},
-            "orthogonality 0.1": {"orthogonality": 0.1},
         }.items()
     },
     # Learning rates
-    "rate 2.5e-3": Variant(rate=2.5e-3),
     "rate 1e-2": Variant(rate=1e-2),
     "filter's rate x 1/4": Variant(rates=(1.0, 0.25)),
     "filter's rate x 4": Variant(rates=(1.0, 4.0)),
@@ -174,8 +165,7 @@ VARIANTS = {
     ),
     # Regularisation and length
     "orthogonality 0.1": Variant({"orthogonality": 0.1}),
-    "the paper's recipe": Variant(PAPER_RECIPE),
-    "weight decay 0.01": Variant(weight_decay=0.01),
+    "the paper's arguments": Variant(PAPER_RECIPE),
     "weight decay 0.1": Variant(weight_decay=0.1),
     "4 epochs": Variant(epochs=4),
     "LoRA, rank 1, 4 epochs": Variant({"kernel_size": 1, "alpha": 1.0}, lora, epochs=4),
@@ -216,16 +206,17 @@ def measure(variant, seed, data) -> dict:
         variant.start(backbone, data)
     dataset, steps = batches(data["train"], variant.epochs, seed)
     model.compile(
-        optimizer=optimizer(variant, steps, backbone),
+        optimizer=optimizer(variant, steps),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
     build_optimizer(model)
     history = model.fit(dataset, steps_per_epoch=steps, verbose=0).history
-    accuracy, loss = accuracy_and_loss(model, data["validation"])
+    labels, logits = labels_and_logits(model, data["validation"])
+    losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
     return {
-        "accuracy": accuracy,
-        "loss": loss,
+        "accuracy": float(np.mean(logits.argmax(-1) == labels)),
+        "loss": float(np.mean(losses)),
         "training_loss": history["loss"][-1],
         "trainable_parameters": count(backbone, variant),
         "steps": steps,
@@ -233,7 +224,7 @@ def measure(variant, seed, data) -> dict:
     }
 
 
-def optimizer(variant, steps, backbone):
+def optimizer(variant, steps):
     def adam(factor=1.0):
         schedule = linear_decay(variant.rate * factor, steps)
         if variant.shared:
@@ -275,15 +266,6 @@ def count(backbone, variant) -> int:
         filters = [v for v in backbone.trainable_variables if kind(v)]
         total -= (len(filters) - len({kind(v) for v in filters})) * int(np.prod(filters[0].shape))
     return total
-
-
-def accuracy_and_loss(model, examples):
-    order = by_length(examples)
-    parts = np.array_split(order, range(128, len(order), 128))
-    logits = np.concatenate([model.predict_on_batch(cut(examples, part)[0]) for part in parts])
-    labels = examples["labels"][order]
-    loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-    return float(np.mean(logits.argmax(-1) == labels)), float(np.mean(loss))
 
 
 def table(runs) -> str:

@@ -226,12 +226,16 @@ def encoded(preprocessor, texts, labels) -> dict:
 
 
 def accuracy(model, examples) -> float:
+    labels, logits = labels_and_logits(model, examples)
+    return float(np.mean(logits.argmax(-1) == labels))
+
+
+def labels_and_logits(model, examples):
+    """Of all examples, in order of their length."""
     order = by_length(examples)
-    found = [
-        model.predict_on_batch(cut(examples, part)[0]).argmax(-1)
-        for part in np.array_split(order, range(128, len(order), 128))
-    ]
-    return float(np.mean(np.concatenate(found) == examples["labels"][order]))
+    parts = np.array_split(order, range(128, len(order), 128))
+    logits = [model.predict_on_batch(cut(examples, part)[0]) for part in parts]
+    return examples["labels"][order], np.concatenate(logits)
 
 
 def load_xquad(path) -> dict:

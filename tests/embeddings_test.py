@@ -84,7 +84,7 @@ def assert_equals_reference(layer, ids, width, seed):
 
 
 @settings(max_examples=200)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.data())
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.data())
 def test_lookup_and_projection_equal_the_reference(vocabulary, dim, rank, data):
     kernel_size = data.draw(st.integers(1, min(vocabulary, dim)))
     seed = data.draw(st.integers(0, 10**6))
