@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --data-dir ~/tfds     # some two minutes a run on two cores
     python benchmarks/ablation.py --report              # the table in docs/choices.md
 
-The real MiniLM BERT, 4,000 SST-2 training sentences; every variant changes what its name
-says of a reference: kernel size 8, rank 1, alpha 4, A and B drawn from N(0, 0.02²), a zero filter, Adam at
+The real MiniLM BERT, 4,000 SST-2 training sentences; every variant changes what its name says of a
+reference: kernel size 8, rank 1, alpha 4, A and B drawn from N(0, 0.02²), a zero filter, Adam at
 5e-3 with a linear decay, 2 epochs. Accuracy and loss are of 3,000 *other training sentences*; no
 reported set plays a part. One JSON line a run in `benchmarks/results/ablation.jsonl`; runs already
 there are skipped.
