@@ -86,7 +86,7 @@ def name_of_dcft(run) -> str:
 def table(results) -> str:
     """A row for each method, backend and learning rate, with the accuracies of its seeds."""
     groups = {}
-    for run in results:
+    for run in sorted(results, key=lambda run: run.get("alpha") != DEFAULT_ALPHA):
         name = NAMES.get(run["method"]) or name_of_dcft(run)
         groups.setdefault((name, run["backend"], run["learning_rate"]), []).append(run)
     rows = [
