@@ -21,6 +21,7 @@ from keras_dcft.layers import DEFAULT_ALPHA
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "main_job.jsonl"
+STEPS = ROOT / "benchmarks" / "results" / "training_step.json"
 
 # (backend, method, learning rate, seed, kernel size)
 RUNS = [
@@ -75,6 +76,7 @@ def main():
             file.write(json.dumps(result) + "\n")
 
 
+NAME_OF_STEP = {"DCFT, kernel size 8": "DCFT, kernel size 8, rank 1"}
 NAMES = {"lora": "Keras LoRA, rank 1", "head": "head only", "full": "full fine-tuning"}
 
 
@@ -84,20 +86,29 @@ def name_of_dcft(run) -> str:
 
 
 def table(results) -> str:
-    """A row for each method, backend and learning rate, with the accuracies of its seeds."""
+    """A row for each method, backend and learning rate, with the accuracies of its seeds.
+
+    The time of a step is that of `training_step.py`, where the methods take turns; these runs had
+    the machine to themselves or shared it, as it came.
+    """
+    measured = [run for run in json.loads(STEPS.read_text()) if run["model"] == "minilm"]
+    steps = {run["backend"]: run["methods"] for run in measured}
     groups = {}
     for run in sorted(results, key=lambda run: run.get("alpha") != DEFAULT_ALPHA):
         name = NAMES.get(run["method"]) or name_of_dcft(run)
         groups.setdefault((name, run["backend"], run["learning_rate"]), []).append(run)
     rows = [
-        "| method | backend | trainable | learning rate | accuracy, by seed | mean |",
-        "|---|---|---:|---:|---:|---:|",
+        "| method | backend | trainable | learning rate | accuracy, by seed | mean | step |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (name, backend, rate), runs in groups.items():
+        step = steps[backend].get(NAME_OF_STEP.get(name, name))
+        milliseconds = f"{step['milliseconds']['median']:.0f} ms" if step else ""
         found = [run["accuracy_after"] for run in sorted(runs, key=lambda run: run["seed"])]
         rows.append(
             f"| {name} | {backend} | {runs[0]['trainable_parameters']:,} | {rate:g} "
-            f"| {', '.join(f'{x:.3f}' for x in found)} | {statistics.mean(found):.3f} |"
+            f"| {', '.join(f'{x:.3f}' for x in found)} | {statistics.mean(found):.3f} "
+            f"| {milliseconds} |"
         )
     return "\n".join(rows)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/performance.py
 
-Reads `training_step.json`, `inference.json`, `growth.json` and `swap.jsonl` in
+Reads `training_step.json`, `profile.json`, `inference.json`, `growth.json` and `swap.jsonl` in
 `benchmarks/results/`, and draws the charts that the page shows.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import growth
 import inference
+import profile_step
 import training_step
 from training_step import BACKENDS, FLOOR, FULL_INCREMENT, MAIN, PEFT
 
@@ -50,6 +51,13 @@ two of them at a time.
 
 {training}
 
+### Profile
+
+Milliseconds of a step, or of a prediction, by kind of operation (`benchmarks/profile_step.py`), on
+one core, so that the parts add up. Thin products have a side of at most 16.
+
+{profile}
+
 ## Inference
 
 Merged, a model is the base model, with other numbers in its kernels. Unmerged, it also multiplies
@@ -72,9 +80,8 @@ Enabling takes time by the number of layers and copies no weight. On a random Ll
 
 {enabling}
 
-On JAX the time and the memory go to XLA, which compiles the drawing of the first values, once for
-each shape: with a small model of the same shapes adapted before, in the same process, it is 0.7 s
-and 0.5 MB.
+On JAX most of the time and the memory go to XLA, which compiles the drawing of the first values,
+once for each shape; the second time in a process there is nothing to compile.
 
 ## Swapping adapter files
 
@@ -119,10 +126,11 @@ REASONS = """Why the missed ones are missed:
 
 def main():
     results = training_step.RESULTS.parent
+    profiled = json.loads(profile_step.RESULTS.read_text())
     steps = json.loads(training_step.RESULTS.read_text())
     predicted = json.loads(inference.RESULTS.read_text())
     grown = json.loads(growth.RESULTS.read_text())
-    for runs in (predicted, grown):
+    for runs in (predicted, grown, profiled):
         runs.sort(key=lambda run: (run["model"], BACKENDS.index(run["backend"])))
     swaps = [json.loads(line) for line in (results / "swap.jsonl").read_text().splitlines()]
     training_step.draw(steps, training_step.CHART)
@@ -138,6 +146,7 @@ def main():
                 more_memory=more_memory(steps),
             ),
             training=training_step.table(steps),
+            profile=profile_step.table(profiled),
             inference=inference.table(predicted),
             growth=growth_table([run for run in grown if run["model"] == "one layer"]),
             enabling=growth.table([run for run in grown if run["model"] == "enabling"]),
