@@ -370,18 +370,25 @@ for number in range(kills):
         variable.assign(np.full(variable.shape, number))
     if number == 0:
         save_dcft_weights(model, path)
+    saved, tell = os.pipe()
     writer = os.fork()
     if writer == 0:
         while True:
             save_dcft_weights(model, path)
+            os.write(tell, b".")
+    if number % 2:  # killed in a later save; the others, as it comes, mostly in the first
+        os.read(saved, 1)
     time.sleep(random.Random(number).uniform(0, 0.1))
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
+    os.close(saved)
+    os.close(tell)
     load_dcft_weights(reader, path)
     values = {float(x) for v in reader.trainable_variables for x in np.unique(v)}
     assert len(values) == 1 and values <= {number, max(seen, default=0)}, (number, values)
+    assert values == {number} or not number % 2, (number, values)
     seen += values
-print(len(seen), len(set(seen)))
+print(len(seen))
 """
 
 
@@ -393,9 +400,7 @@ def test_a_file_is_whole_after_every_kill(tmp_path):
         timeout=1200,
     )
     assert result.returncode == 0, result.stderr
-    kills, versions = map(int, result.stdout.split())
-    assert kills == 60
-    assert versions > 30  # most writers had written before they were killed
+    assert int(result.stdout) == 60
 
 
 def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
