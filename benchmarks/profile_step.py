@@ -7,10 +7,10 @@
 Each subject runs in a process of its own on one CPU core, so that what its operations take adds up
 to the time of the whole. Three kinds are told apart: products of matrices, *thin* products, which
 have a side of at most 16 (with the expanded factors: `rank * kernel_size` columns), and other
-operations: sums, copies, random numbers, normalizations. What is left is Python and calling the
-backend. Products are recognised by their shapes on JAX (in XLA's compiled program) and PyTorch, and
-by their names on TensorFlow, whose profiler does not tell shapes. Results go to
-`benchmarks/results/profile.json`.
+operations: sums, copies, random numbers, normalizations. What is left is Python, calling the
+backend, and on PyTorch the profiler itself. Products are recognised by their shapes on JAX (in
+XLA's compiled program) and PyTorch, and by their names on TensorFlow, whose profiler does not tell
+shapes. Results go to `benchmarks/results/profile.json`.
 """
 
 import argparse
@@ -94,15 +94,9 @@ def measure(subject, variant) -> dict:
             run = inference.make_predictor(model, variant)
         for _ in range(3):
             run()
-        seconds = []
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        spent = {"jax": jax_profile, "tensorflow": tensorflow_profile, "torch": torch_profile}
-        kinds = spent[backend](run, folder)
-    milliseconds = {kind: round(kinds[kind] / RUNS, 2) for kind in KINDS}
-    milliseconds["all"] = round(1000 * sorted(seconds)[RUNS // 2], 2)
+        profile = {"jax": jax_profile, "tensorflow": tensorflow_profile, "torch": torch_profile}
+        kinds = profile[backend](run, folder)
+    milliseconds = {kind: round(kinds[kind] / RUNS, 2) for kind in (*KINDS, "all")}
     return {
         "backend": backend,
         "model": subject,
@@ -112,18 +106,25 @@ def measure(subject, variant) -> dict:
     }
 
 
+def milliseconds_of(run) -> float:
+    start = time.perf_counter()
+    for _ in range(RUNS):
+        run()
+    return 1000 * (time.perf_counter() - start)
+
+
 def jax_profile(run, folder) -> Counter:
     import jax
 
-    with jax.profiler.trace(folder):
-        for _ in range(RUNS):
-            run()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow down what it looks at
+    with jax.profiler.trace(folder, profiler_options=options):
+        kinds = Counter({"all": milliseconds_of(run)})
     sides = {}
     for path in glob.glob(f"{folder}/hlo/*cpu_after_optimizations.txt"):
         module = Path(path).name.split(".")[1]
         for instruction, side in smallest_sides(Path(path).read_text()).items():
             sides[module, instruction] = side
-    kinds = Counter()
     for event in events(folder):
         stats = dict(event.stats)
         if "hlo_op" in stats:
@@ -165,11 +166,9 @@ def smallest_sides(program) -> dict:
 def tensorflow_profile(run, folder) -> Counter:
     import tensorflow as tf
 
-    tf.profiler.experimental.start(folder)
-    for _ in range(RUNS):
-        run()
-    tf.profiler.experimental.stop()
-    kinds = Counter()
+    options = tf.profiler.experimental.ProfilerOptions(python_tracer_level=0)
+    with tf.profiler.experimental.Profile(folder, options):
+        kinds = Counter({"all": milliseconds_of(run)})
     for event in events(folder):
         # What a thread runs is called `name/in/the/model:Operation`.
         name, _, operation = event.name.rpartition(":")
@@ -198,15 +197,14 @@ def torch_profile(run, folder) -> Counter:
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        for _ in range(RUNS):
-            run()
-    kinds = Counter()
+        kinds = Counter({"all": milliseconds_of(run)})
     for event in profile.key_averages(group_by_input_shape=True):
         if not event.key.startswith("aten::"):
             continue
         side = None
         if event.key in ("aten::mm", "aten::addmm"):
-            side = min(n for shape in event.input_shapes[-2:] or [[THIN + 1]] for n in shape)
+            matrices = [shape for shape in event.input_shapes if len(shape) == 2]
+            side = min(n for shape in matrices for n in shape)
         elif event.key in ("aten::bmm", "aten::baddbmm") or "attention" in event.key:
             side = THIN + 1
         kinds[kind_of(side)] += event.self_cpu_time_total / 1e3

@@ -221,7 +221,8 @@ def load(task, options) -> dict:
 
 def encoded(preprocessor, texts, labels) -> dict:
     texts = tuple(map(list, zip(*texts))) if isinstance(texts[0], tuple) else texts
-    inputs = {name: np.array(values) for name, values in preprocessor(texts).items()}
+    inputs, _ = preprocessor(texts, labels)  # pairs alone would pass for inputs and labels
+    inputs = {name: np.array(values) for name, values in inputs.items()}
     return {"inputs": inputs, "labels": np.array(labels)}
 
 
