@@ -6,7 +6,7 @@
 
 Each subject runs in a process of its own on one CPU core, so that what its operations take adds up
 to the time of the whole. Three kinds are told apart: products of matrices, *thin* products, which
-have a side of at most 16 (with the expanded factors: `rank * kernel_size` columns), and other
+have a side of 8 or 16 (as the expanded factors have, `rank * kernel_size` wide), and other
 operations: sums, copies, random numbers, normalizations. What is left is Python, calling the
 backend, and on PyTorch the profiler itself. Products are recognised by their shapes on JAX (in
 XLA's compiled program) and PyTorch, and by their names on TensorFlow, whose profiler does not tell
@@ -49,7 +49,7 @@ SUBJECTS = {
     "generate, predict": PREDICTIONS,
 }
 KINDS = ("products", "thin products", "other operations")
-THIN = 16
+WIDTHS = (8, 16)  # of the expanded factors; 16 on PyTorch
 RUNS = 5
 
 
@@ -120,22 +120,22 @@ def jax_profile(run, folder) -> Counter:
     options.python_tracer_level = 0  # it would slow down what it looks at
     with jax.profiler.trace(folder, profiler_options=options):
         kinds = Counter({"all": milliseconds_of(run)})
-    sides = {}
+    thin = {}
     for path in glob.glob(f"{folder}/hlo/*cpu_after_optimizations.txt"):
         module = Path(path).name.split(".")[1]
-        for instruction, side in smallest_sides(Path(path).read_text()).items():
-            sides[module, instruction] = side
+        for instruction, is_so in thin_products(Path(path).read_text()).items():
+            thin[module, instruction] = is_so
     for event in events(folder):
         stats = dict(event.stats)
         if "hlo_op" in stats:
-            side = sides.get((stats["hlo_module"], stats["hlo_op"]))
-            kinds[kind_of(side)] += event.duration_ns / 1e6
+            kind = kind_of(thin.get((stats["hlo_module"], stats["hlo_op"])))
+            kinds[kind] += event.duration_ns / 1e6
     return kinds
 
 
-def smallest_sides(program) -> dict:
-    """Of each instruction of an XLA program that is or holds a product, its smallest side."""
-    shapes, in_computation, sides, calls = {}, {}, {}, {}
+def thin_products(program) -> dict:
+    """Of each instruction of an XLA program that is or holds a product, whether it is thin."""
+    shapes, thin_in, thin, calls = {}, {}, {}, {}
     computation = None
     for line in program.splitlines():
         if line.endswith("{"):
@@ -148,19 +148,18 @@ def smallest_sides(program) -> dict:
         shapes[computation, name] = [int(n) for n in shape.split(",") if n]
         if operation == "dot":
             operands = re.findall(r"%([\w.\-]+)", rest)[:2]
-            operands = [shapes[computation, operand] for operand in operands]
-            # Stacks of matrices, as attention multiplies, are none of an adapter's products.
-            matrices = [shapes[computation, name], *operands]
-            flat = all(len(matrix) <= 2 for matrix in matrices)
-            side = min(min(matrix, default=1) for matrix in matrices) if flat else THIN + 1
-            sides[name] = in_computation[computation] = side
+            tensors = [shapes[computation, one] for one in (name, *operands)]
+            thin[name] = thin_in[computation] = is_thin(tensors)
         called = re.search(r"calls=%([\w.\-]+)", rest)
         if called:
             calls[name] = called[1]
-    for name, called in calls.items():
-        if called in in_computation:
-            sides[name] = in_computation[called]
-    return sides
+    return thin | {name: thin_in[called] for name, called in calls.items() if called in thin_in}
+
+
+def is_thin(shapes) -> bool:
+    # Stacks of matrices, as attention multiplies, are none of an adapter's products.
+    flat = all(len(shape) <= 2 for shape in shapes)
+    return flat and any(side in WIDTHS for shape in shapes for side in shape)
 
 
 def tensorflow_profile(run, folder) -> Counter:
@@ -174,12 +173,12 @@ def tensorflow_profile(run, folder) -> Counter:
         name, _, operation = event.name.rpartition(":")
         if not name or "::" in event.name or event.name.startswith("Eager"):
             continue
-        side = None
+        thin = None
         if "MatMul" in operation or "Einsum" in operation:
             # The base layers' products are `Tensordot/MatMul` and `einsum/Einsum`.
             thin = operation.endswith("MatMul") and "Batch" not in operation
-            side = THIN if thin and "Tensordot" not in name and "einsum" not in name else THIN + 1
-        kinds[kind_of(side)] += event.duration_ns / 1e6
+            thin = thin and "Tensordot" not in name and "einsum" not in name
+        kinds[kind_of(thin)] += event.duration_ns / 1e6
     return kinds
 
 
@@ -201,20 +200,18 @@ def torch_profile(run, folder) -> Counter:
     for event in profile.key_averages(group_by_input_shape=True):
         if not event.key.startswith("aten::"):
             continue
-        side = None
+        thin = None
         if event.key in ("aten::mm", "aten::addmm"):
-            matrices = [shape for shape in event.input_shapes if len(shape) == 2]
-            side = min(n for shape in matrices for n in shape)
+            thin = is_thin([shape for shape in event.input_shapes if len(shape) == 2])
         elif event.key in ("aten::bmm", "aten::baddbmm") or "attention" in event.key:
-            side = THIN + 1
-        kinds[kind_of(side)] += event.self_cpu_time_total / 1e3
+            thin = False
+        kinds[kind_of(thin)] += event.self_cpu_time_total / 1e3
     return kinds
 
 
-def kind_of(smallest_side) -> str:
-    if smallest_side is None:
-        return "other operations"
-    return "thin products" if smallest_side <= THIN else "products"
+def kind_of(thin) -> str:
+    """Of an operation's time; None is for what is no product."""
+    return {None: "other operations", True: "thin products", False: "products"}[thin]
 
 
 def table(results) -> str:
