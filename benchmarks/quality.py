@@ -324,6 +324,7 @@ def summary(runs) -> list:
                         "rate": rate,
                         "tried": sorted({run["learning_rate"] for run in mine}),
                         "scores": [run["reported"] for run in chosen],
+                        "validation": [run["validation"] for run in chosen],
                         "trainable": chosen[0]["trainable_parameters"],
                     }
                 )
@@ -332,14 +333,15 @@ def summary(runs) -> list:
 
 def table(rows) -> str:
     lines = [
-        "| task | method | trainable | rate (tried) | reported score, mean ± deviation | seeds |",
-        "|---|---|---:|---|---:|---:|",
+        "| task | method | trainable | rate (tried) | validation | reported | seeds |",
+        "|---|---|---:|---|---:|---:|---:|",
     ]
     for row in rows:
         tried = ", ".join(f"{rate:g}" for rate in row["tried"])
         lines.append(
             f"| {row['task']} | {row['method']} | {row['trainable']:,} | {row['rate']:g} ({tried}) "
-            f"| {mean_and_deviation(row['scores'])} | {len(row['scores'])} |"
+            f"| {mean_and_deviation(row['validation'])} | {mean_and_deviation(row['scores'])} "
+            f"| {len(row['scores'])} |"
         )
     return "\n".join(lines)
 
