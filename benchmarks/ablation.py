@@ -168,6 +168,12 @@ VARIANTS = {
     "the paper's arguments": Variant(PAPER_RECIPE),
     "weight decay 0.1": Variant(weight_decay=0.1),
     "4 epochs": Variant(epochs=4),
+    "alpha 16, A and B N(0, 0.01²), 4 epochs": Variant(
+        {"alpha": 16.0, "factor_initializer": normal(0.01)}, epochs=4
+    ),
+    "alpha 16, A and B N(0, 0.01²), kernel size 2, 4 epochs": Variant(
+        {"alpha": 16.0, "factor_initializer": normal(0.01), "kernel_size": 2}, epochs=4
+    ),
     "LoRA, rank 1, 4 epochs": Variant({"kernel_size": 1, "alpha": 1.0}, lora, epochs=4),
 }
 
@@ -276,6 +282,7 @@ def table(runs) -> str:
     ]
     for name in VARIANTS:
         mine = [run for run in runs if run["variant"] == name]
+        mine.sort(key=lambda run: run["seed"])
         if mine:
             accuracies, losses, training = (
                 [run[key] for run in mine] for key in ("accuracy", "loss", "training_loss")

@@ -1,6 +1,6 @@
 """The main job on SST-2 with every method and backend: the table in the README.
 
-    python benchmarks/main_job.py --data-dir ~/tfds             # some 70 minutes on two cores
+    python benchmarks/main_job.py --data-dir ~/tfds             # some two hours on two cores
     python benchmarks/main_job.py --table                       # the table from the results so far
 
 Runs `examples/finetune_text_classifier.py` on 8,000 SST-2 sentences for 2 epochs, each run in its

