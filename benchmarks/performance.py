@@ -132,7 +132,7 @@ REASONS = """Why the missed ones are missed, by the profile below:
 - **MiniLM's memory on TensorFlow.** The {more_memory:.0f} MB above LoRA's do not come from the
   batch: with one text in it instead of 16 they were 56 MB, and 9 MB with 16 in the same turn. It is
   the traced graph, and varies from turn to turn.
-- **Enabling on JAX.** The added memory is not reliably below 1 %: it was 0.9 to 1.7 % in five runs,
+- **Enabling on JAX.** The added memory is not reliably below 1 %: it was 0.9 to 1.7 % in four runs,
   what XLA's compiler keeps of drawing the first values. The second time in a process it is
   {enabled_again:.2f} %.
 - **Unmerged inference.** The base products take as long as in the base model, and the thin ones
