@@ -30,9 +30,9 @@ Made by `benchmarks/backbones.py`: each backbone that KerasHub 0.32 exports, in 
 with random weights: adapted at kernel size 2 (start equal to the base to the last bit), trained for
 one step from random adapters (A, B and the filter of every adapted layer changed, nothing else),
 saved and loaded as `.keras` (difference 0), removed (difference 0) and merged (difference below
-1e-4). "Passed on" names the backends on which all of
-this held; exceptions are in the last column. Numbers are those of the tiny configurations; the
-shares of large models are higher, as embeddings weigh less.
+1e-4). "Passed on" names the backends on which all of this held; exceptions are in the last column.
+Numbers are those of the tiny configurations; the shares of large models are higher, as embeddings
+weigh less.
 
 "Not covered" names the classes of layers whose own weights are not adapted, the largest first,
 until less than {unnamed:.0f} % of the parameters is left. Embeddings can be adapted, but are not by

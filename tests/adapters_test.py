@@ -353,7 +353,7 @@ def test_names_and_folders_are_checked(tmp_path):
 
 
 SAVE_AND_BE_KILLED = """
-import os, random, signal, sys, time
+import os, random, select, signal, sys, time
 import keras, numpy as np, keras_dcft
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
 
@@ -376,19 +376,20 @@ for number in range(kills):
         while True:
             save_dcft_weights(model, path)
             os.write(tell, b".")
-    if number % 2:  # killed in a later save; the others, as it comes, mostly in the first
-        os.read(saved, 1)
+    os.close(tell)
+    # Every second is killed in a later save, the others as it comes, mostly in the first. The wait
+    # ends, as a fork of a process with threads may hang.
+    has_saved = number % 2 and select.select([saved], [], [], 2)[0]
     time.sleep(random.Random(number).uniform(0, 0.1))
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     os.close(saved)
-    os.close(tell)
     load_dcft_weights(reader, path)
     values = {float(x) for v in reader.trainable_variables for x in np.unique(v)}
     assert len(values) == 1 and values <= {number, max(seen, default=0)}, (number, values)
-    assert values == {number} or not number % 2, (number, values)
+    assert values == {number} or not has_saved, (number, values)
     seen += values
-print(len(seen))
+print(len(seen), len(set(seen)))
 """
 
 
@@ -400,7 +401,9 @@ def test_a_file_is_whole_after_every_kill(tmp_path):
         timeout=1200,
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == 60
+    kills, versions = map(int, result.stdout.split())
+    assert kills == 60
+    assert versions > 1
 
 
 def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
