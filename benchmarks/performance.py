@@ -121,8 +121,12 @@ REASONS = """Why the missed ones are missed, by the profile below:
   MKL runs at about 40 % of the speed of square ones, and half the 220 small operations that expand
   and update the factors, and Python. Tried and kept: in-place sums, factors padded to 16 columns
   before they are expanded, no cut where nothing is cut off. Tried without gain: the bias as a row
-  of the output factor, products of 8 or 32 columns. At base width the profile's rows differ by more
-  than what DCFT adds, and do not settle it.
+  of the output factor, products of 8 or 32 columns. At base width all that DCFT takes beyond the
+  floor on one core are thin products: {beyond_torch}.
+  They read and write whole activations for few multiplications, so memory decides: in an earlier
+  run on the same machine the floor's other operations took 1158 ms, its square products 2808 and
+  DCFT's thin ones 293. On one core DCFT is {one_core_floor} of the floor and {one_core_peft} of
+  PEFT's step.
 - **JAX at 1.10 and 1.20.** Both aims lie within the quartiles. On MiniLM all that DCFT takes beyond
   the floor are thin products, and with 2 columns instead of 8 (kernel size 2) it is {two_columns},
   no less than the noise: what counts is that there are two more products for each layer, each a
@@ -141,8 +145,10 @@ REASONS = """Why the missed ones are missed, by the profile below:
   wide, at less than half the speed of square products; 16 columns on PyTorch are twice that. A
   `generate` step has one token for each text, so expanding the factors weighs as much as using
   them, and on PyTorch each of those small operations is a call of its own, which is most of what
-  adapters cost there. TensorFlow's 1.14 for `generate` does not show in the profile, where the
-  adapted model is no slower than the base. Merging costs nothing.
+  adapters cost there. On TensorFlow the same shows, but smaller. Beyond the base:
+  {beyond_generate}.
+  (The base products are the same in both; in an earlier run they came out at +83.) Merging costs
+  nothing.
 """
 
 
@@ -174,6 +180,12 @@ def main():
                     f"{one_core(run, MAIN) / one_core(run, LORA):.2f}"
                     for run in profiles_of(profiled, "base, training step")
                 ),
+                beyond_torch=beyond(profiled, "base, training step", "torch", MAIN, FLOOR),
+                beyond_generate=beyond(
+                    profiled, "generate, predict", "tensorflow", "adapted", "base"
+                ),
+                one_core_peft=one_core_ratio(profiled, MAIN, PEFT),
+                one_core_floor=one_core_ratio(profiled, MAIN, FLOOR),
                 enabled_again=enabled_again(enabled),
                 speedup_floor=speedup(steps, profiled, FLOOR),
                 speedup_lora=speedup(steps, profiled, LORA),
@@ -257,6 +269,23 @@ def thin_share(profiled, subject, method) -> str:
         f"{one_core(run, method, 'thin products'):.0f} of {one_core(run, method):.0f}"
         for run in profiles_of(profiled, subject)
     )
+
+
+def beyond(profiled, subject, backend, method, other) -> str:
+    """What a method takes longer than another, and in what kind of operation."""
+    [run] = [run for run in profiles_of(profiled, subject) if run["backend"] == backend]
+    more = {
+        k: one_core(run, method, k) - one_core(run, other, k) for k in (*profile_step.KINDS, "all")
+    }
+    python = more["all"] - sum(more[kind] for kind in profile_step.KINDS)
+    told = [f"{more[kind]:+.0f} {kind}" for kind in profile_step.KINDS] + [f"{python:+.0f} Python"]
+    return f"{more['all']:+.0f} ms, of which {', '.join(told)}"
+
+
+def one_core_ratio(profiled, method, other) -> str:
+    """At base width on PyTorch."""
+    run = profiles_of(profiled, "base, training step")[BACKENDS.index("torch")]
+    return f"{one_core(run, method) / one_core(run, other):.2f}"
 
 
 def speedup(steps, profiled, method) -> str:
