@@ -12,6 +12,7 @@ there are skipped.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ import numpy as np
 import tensorflow as tf
 from keras import initializers, optimizers
 from methods import build_optimizer, linear_decay
-from quality import batches, fill, labels_and_logits, load, make, start_as_lora
+from quality import BATCH_SIZES, batches, fill, labels_and_logits, load, make, start_as_lora
 
 from keras_dcft import PAPER_RECIPE, enable_dcft
 from keras_dcft.planning import dcft_layers, walk
@@ -76,6 +77,13 @@ def lora(backbone, data):
     start_as_lora(backbone)
 
 
+def scale_wide_layers(factor, backbone, data):
+    """Another alpha for the feed-forward kernels, four times as large as the others."""
+    for layer in dcft_layers(backbone):
+        if layer.matrix_shape[0] != layer.matrix_shape[1]:
+            layer.alpha *= factor
+
+
 def from_kernel(backbone, data):
     """A and B the directions of the kernel's own best approximation by an increment."""
     for layer in dcft_layers(backbone):
@@ -88,7 +96,7 @@ def from_gradient(backbone, data):
     layers = walk(plain_backbone)
     kernels = {path: layers[path]._kernel for path in backbone.dcft_config["layers"]}
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    dataset, _ = batches(data["train"], 1, 1000)
+    dataset, _ = batches(data["train"], 1, BATCH_SIZES["sst2"], 1000)
     sums = {path: 0.0 for path in kernels}
     for inputs, labels in dataset.take(16):
         with tf.GradientTape() as tape:
@@ -144,6 +152,19 @@ VARIANTS = {
             "rank 2, kernel size 12": {"rank": 2, "kernel_size": 12},
             "rank 4": {"rank": 4},
         }.items()
+    },
+    # The default, in other forms and with an alpha for each layer
+    **{
+        f"alpha 16, A and B N(0, 0.01²), {name}": Variant(
+            {"alpha": 16.0, "factor_initializer": normal(0.01), **arguments}, start
+        )
+        for name, arguments, start in (
+            ("rank 2, kernel size 12", {"rank": 2, "kernel_size": 12}, None),
+            ("rank 2, kernel size 16", {"rank": 2, "kernel_size": 16}, None),
+            ("rank 4, kernel size 16", {"rank": 4, "kernel_size": 16}, None),
+            ("alpha halved in wide layers", {}, functools.partial(scale_wide_layers, 0.5)),
+            ("alpha doubled in wide layers", {}, functools.partial(scale_wide_layers, 2.0)),
+        )
     },
     # Learning rates
     "rate 1e-2": Variant(rate=1e-2),
@@ -210,7 +231,7 @@ def measure(variant, seed, data) -> dict:
     enable_dcft(backbone, **{**REFERENCE, **variant.arguments})
     if variant.start:
         variant.start(backbone, data)
-    dataset, steps = batches(data["train"], variant.epochs, seed)
+    dataset, steps = batches(data["train"], variant.epochs, BATCH_SIZES["sst2"], seed)
     model.compile(
         optimizer=optimizer(variant, steps),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
