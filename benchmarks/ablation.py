@@ -159,7 +159,6 @@ VARIANTS = {
             {"alpha": 16.0, "factor_initializer": normal(0.01), **arguments}, start
         )
         for name, arguments, start in (
-            ("rank 2, kernel size 12", {"rank": 2, "kernel_size": 12}, None),
             ("rank 2, kernel size 16", {"rank": 2, "kernel_size": 16}, None),
             ("rank 4, kernel size 16", {"rank": 4, "kernel_size": 16}, None),
             ("alpha halved in wide layers", {}, functools.partial(scale_wide_layers, 0.5)),
@@ -168,18 +167,10 @@ VARIANTS = {
     },
     # Learning rates
     "rate 1e-2": Variant(rate=1e-2),
-    "filter's rate x 1/4": Variant(rates=(1.0, 0.25)),
     "filter's rate x 4": Variant(rates=(1.0, 4.0)),
-    "A's and B's rate x 1/4": Variant(rates=(0.25, 1.0)),
     "A's and B's rate x 4": Variant(rates=(4.0, 1.0)),
     # Form, at about the same count
-    "rank 2, kernel size 12": Variant({"rank": 2, "kernel_size": 12}),
-    "rank 2, kernel size 16": Variant({"rank": 2, "kernel_size": 16}),
-    "rank 4, kernel size 16": Variant({"rank": 4, "kernel_size": 16}),
     "rank 4, kernel size 8": Variant({"rank": 4}),
-    "kernel size 4": Variant({"kernel_size": 4}),
-    "kernel size 2": Variant({"kernel_size": 2}),
-    "kernel size 16": Variant({"kernel_size": 16}),
     "filters shared by kind": Variant(shared=True),
     "LoRA, rank 1, one block of six": Variant(
         {"kernel_size": 1, "alpha": 1.0, "target_layers": "transformer_layer_5/"}, lora
