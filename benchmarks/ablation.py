@@ -29,7 +29,16 @@ import numpy as np
 import tensorflow as tf
 from keras import initializers, optimizers
 from methods import build_optimizer, linear_decay
-from quality import BATCH_SIZES, batches, fill, labels_and_logits, load, make, start_as_lora
+from quality import (
+    BATCH_SIZES,
+    WarmUpThenLinearDecay,
+    batches,
+    fill,
+    labels_and_logits,
+    load,
+    make,
+    start_as_lora,
+)
 
 from keras_dcft import PAPER_RECIPE, enable_dcft
 from keras_dcft.planning import dcft_layers, walk
@@ -49,6 +58,7 @@ class Variant:
     Attributes:
         arguments: of `enable_dcft`.
         start: sets the adapters' first values, from the adapted backbone and the data.
+        warm_up: the rate rises first, in a tenth of the steps, as in the paper.
         rates: factors of the learning rate for A and B, and for the filter.
         shared: one filter for all layers of one kind.
     """
@@ -56,6 +66,7 @@ class Variant:
     arguments: dict = dataclasses.field(default_factory=dict)
     start: callable = None
     rate: float = 5e-3
+    warm_up: bool = False
     rates: tuple = (1.0, 1.0)
     weight_decay: float = 0.0
     shared: bool = False
@@ -167,6 +178,14 @@ VARIANTS = {
     },
     # Learning rates
     "rate 1e-2": Variant(rate=1e-2),
+    **{
+        f"alpha 16, A and B N(0, 0.01²), rate 1e-2, warm-up{more}": Variant(
+            {"alpha": 16.0, "factor_initializer": normal(0.01), **arguments},
+            rate=1e-2,
+            warm_up=True,
+        )
+        for more, arguments in (("", {}), (", orthogonality 0.1", {"orthogonality": 0.1}))
+    },
     "filter's rate x 4": Variant(rates=(1.0, 4.0)),
     "A's and B's rate x 4": Variant(rates=(4.0, 1.0)),
     # Form, at about the same count
@@ -244,7 +263,8 @@ def measure(variant, seed, data) -> dict:
 
 def optimizer(variant, steps):
     def adam(factor=1.0):
-        schedule = linear_decay(variant.rate * factor, steps)
+        decay = WarmUpThenLinearDecay if variant.warm_up else linear_decay
+        schedule = decay(variant.rate * factor, steps)
         if variant.shared:
             return SharedFilters(schedule)
         return optimizers.AdamW(schedule, weight_decay=variant.weight_decay)
