@@ -358,22 +358,29 @@ def draw(rows):
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(6 * len(tasks), 4.6), layout="constrained")
+    figure = Figure(figsize=(6 * len(tasks), 6), layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        for row in (row for row in rows if row["task"] == task):
+        mine = [(statistics.mean(row["scores"]), row) for row in rows if row["task"] == task]
+        mine.sort(key=lambda pair: pair[0])
+        gap = (mine[-1][0] - mine[0][0]) / 30  # between two labels
+        label_height = -np.inf
+        for mean, row in mine:
             color = "tab:blue" if "DCFT" in row["method"] else "tab:orange"
-            mean = statistics.mean(row["scores"])
             axis.plot([row["trainable"]] * len(row["scores"]), row["scores"], ".", color=color)
             axis.plot(row["trainable"], mean, "D", color=color)
+            label_height = max(mean, label_height + gap)
             axis.annotate(
-                row["method"],
+                row["method"].replace("kernel size ", ""),
                 (row["trainable"], mean),
-                textcoords="offset points",
-                xytext=(6, -3),
+                xytext=(12, label_height),
+                textcoords=("offset points", "data"),
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "gray"},
+                verticalalignment="center",
                 fontsize=8,
             )
         axis.set_xscale("log")
-        axis.margins(x=0.3, y=0.1)
+        axis.set_xlim(300, 2e9)
+        axis.margins(y=0.1)
         axis.set(
             title=task, xlabel="trainable numbers", ylabel="F1" if task == "xquad" else "accuracy"
         )
