@@ -381,9 +381,7 @@ def draw(rows):
         axis.set_xscale("log")
         axis.set_xlim(300, 2e9)
         axis.margins(y=0.1)
-        axis.set(
-            title=task, xlabel="trainable numbers", ylabel="F1" if task == "xquad" else "accuracy"
-        )
+        axis.set(title=task, xlabel="trainable numbers", ylabel=MEASURES[task])
         axis.grid(alpha=0.3)
     figure.savefig(CHART, dpi=110)
 
