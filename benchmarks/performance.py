@@ -123,10 +123,12 @@ REASONS = """Why the missed ones are missed, by the profile below:
   before they are expanded, no cut where nothing is cut off. Tried without gain: the bias as a row
   of the output factor, products of 8 or 32 columns. At base width all that DCFT takes beyond the
   floor on one core are thin products: {beyond_torch}.
-  They read and write whole activations for few multiplications, so memory decides: in an earlier
-  run on the same machine the floor's other operations took 1158 ms, its square products 2808 and
-  DCFT's thin ones 293. On one core DCFT is {one_core_floor} of the floor and {one_core_peft} of
-  PEFT's step.
+  An earlier run, in which the floor's other operations took 1158 ms and its products 2808, had the
+  thin ones at 293, and noise of -178 in the other operations, so that DCFT came out 70 ms above the
+  floor. Thin products double with the other operations from run to run and the products do not, as
+  what waits for memory does: they read and write whole activations for few multiplications. On one
+  core DCFT is {one_core_floor} of the floor and {one_core_peft} of PEFT's step; what the second
+  core adds to these ratios was not profiled.
 - **JAX at 1.10 and 1.20.** Both aims lie within the quartiles. On MiniLM all that DCFT takes beyond
   the floor are thin products, and with 2 columns instead of 8 (kernel size 2) it is {two_columns},
   no less than the noise: what counts is that there are two more products for each layer, each a
@@ -147,8 +149,9 @@ REASONS = """Why the missed ones are missed, by the profile below:
   them, and on PyTorch each of those small operations is a call of its own, which is most of what
   adapters cost there. On TensorFlow the same shows, but smaller. Beyond the base:
   {beyond_generate}.
-  (The base products are the same in both; in an earlier run they came out at +83.) Merging costs
-  nothing.
+  Twice more on the same day: thin products +29 and +29, other operations +31 and +54, Python +42
+  and +43. The products are the same in both models, and their -6 to +64 noise; in one earlier run,
+  beside other work, noise made the adapted model the faster one. Merging costs nothing.
 """
 
 
