@@ -229,16 +229,10 @@ def encoded(preprocessor, texts, labels) -> dict:
 
 
 def accuracy(model, examples) -> float:
-    labels, logits = labels_and_logits(model, examples)
-    return float(np.mean(logits.argmax(-1) == labels))
-
-
-def labels_and_logits(model, examples):
-    """Of all examples, in order of their length."""
     order = by_length(examples)
     parts = np.array_split(order, range(128, len(order), 128))
     logits = [model.predict_on_batch(cut(examples, part)[0]) for part in parts]
-    return examples["labels"][order], np.concatenate(logits)
+    return float(np.mean(np.concatenate(logits).argmax(-1) == examples["labels"][order]))
 
 
 def load_xquad(path) -> dict:
