@@ -35,7 +35,6 @@ from quality import (
     BATCH_SIZES,
     EPOCHS,
     MEASURES,
-    WarmUpThenLinearDecay,
     batches,
     fill,
     load,
@@ -43,7 +42,7 @@ from quality import (
     start_as_lora,
 )
 
-from keras_dcft import PAPER_RECIPE, enable_dcft
+from keras_dcft import PAPER_RECIPE, LinearWarmupDecay, enable_dcft
 from keras_dcft.planning import dcft_layers, walk
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
@@ -285,7 +284,7 @@ def measure(task, variant, seed, data) -> dict:
 
 def optimizer(variant, steps):
     def adam(factor=1.0):
-        decay = WarmUpThenLinearDecay if variant.warm_up else linear_decay
+        decay = LinearWarmupDecay if variant.warm_up else linear_decay
         schedule = decay(variant.rate * factor, steps)
         if variant.shared:
             return SharedFilters(schedule)

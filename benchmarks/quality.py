@@ -37,7 +37,7 @@ from squad_data import load_questions, score, split_by_article
 from text_classifier import make_classifier
 from text_data import glue_data
 
-from keras_dcft import PAPER_RECIPE, enable_dcft
+from keras_dcft import PAPER_RECIPE, LinearWarmupDecay, enable_dcft
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "results.md"
@@ -131,7 +131,7 @@ def measure(task, method, rate, seed, data) -> dict:
     train_batches, steps = batches(train, EPOCHS[task], BATCH_SIZES[task], seed)
     schedule = linear_decay(rate, steps)
     if method == RECIPE:
-        schedule = WarmUpThenLinearDecay(rate, steps)
+        schedule = LinearWarmupDecay(rate, steps)
     model.compile(
         optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -185,19 +185,6 @@ def start_as_lora(backbone):
             layer.dcft_a.assign(initializer(layer.dcft_a.shape))
             layer.dcft_b.assign(np.zeros(layer.dcft_b.shape))
             layer.dcft_filter.assign([[1.0]])
-
-
-class WarmUpThenLinearDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """The paper's schedule: up to the rate in a tenth of the steps, then down to zero."""
-
-    def __init__(self, rate, steps):
-        self.rate, self.steps = rate, steps
-
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        warm_up = 0.1 * self.steps
-        rising, falling = step / warm_up, (self.steps - step) / (self.steps - warm_up)
-        return self.rate * keras.ops.minimum(rising, falling)
 
 
 # --- data ---

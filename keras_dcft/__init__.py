@@ -14,6 +14,7 @@ from keras_dcft.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
 from keras_dcft.layers import DCFTDense, DCFTEinsumDense
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
+from keras_dcft.schedules import LinearWarmupDecay
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "DCFTEinsumDense",
     "DCFTEmbedding",
     "DCFTReversibleEmbedding",
+    "LinearWarmupDecay",
     "Orthonormality",
     "dcft_disabled",
     "dcft_parameter_table",

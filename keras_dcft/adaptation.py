@@ -12,8 +12,8 @@ from keras_dcft.planning import checked_model, dcft_layers, plan_adaptation
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 
-# The authors' arguments, `enable_dcft(model, kernel_size=2, **PAPER_RECIPE)`. They train with AdamW
-# at a rate of 8e-4 to 1e-3, which rises for a tenth of the steps and then falls linearly to zero.
+# The authors' arguments, `enable_dcft(model, kernel_size=2, **PAPER_RECIPE)`. They train with
+# AdamW at a `LinearWarmupDecay` up to 8e-4 to 1e-3.
 PAPER_RECIPE = {
     "rank": 1,
     "alpha": 4.0,

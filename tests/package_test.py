@@ -24,7 +24,7 @@ def test_docstring_examples_are_true(run_python):
         "names = {**vars(keras_dcft), 'keras': keras}\n"
         "modules = [keras_dcft.increments, keras_dcft.layers, keras_dcft.adaptation,\n"
         "           keras_dcft.regularizers, keras_dcft.adapters, keras_dcft.callbacks,\n"
-        "           keras_dcft.report, keras_dcft.budgets]\n"
+        "           keras_dcft.report, keras_dcft.budgets, keras_dcft.schedules]\n"
         "results = [doctest.testmod(m, extraglobs=names) for m in modules]\n"
         "print(sum(r.failed for r in results), sum(r.attempted for r in results))"
     )

@@ -1,0 +1,59 @@
+"""The paper's learning-rate schedule, which Keras does not have."""
+
+import keras
+from keras import ops
+
+from keras_dcft.layers import check_positive_int
+
+
+@keras.saving.register_keras_serializable("keras_dcft")
+class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises from zero in a straight line, then falls back to zero in another.
+
+    Args:
+        peak_learning_rate: positive float, where the rate stops to rise. The authors take 8e-4 to
+            1e-3; measured best values are in `docs/choices.md`.
+        steps: positive int, all steps of the training. After them the rate stays zero.
+        warmup_share: float between 0 and 1, the part of the steps in which the rate rises. The
+            default is the authors'.
+
+    Raises:
+        TypeError: if `steps` is not an int.
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> schedule = LinearWarmupDecay(1e-2, steps=1000)
+        >>> [round(float(schedule(step)), 4) for step in (0, 50, 100, 550, 1000)]
+        [0.0, 0.005, 0.01, 0.005, 0.0]
+        >>> optimizer = keras.optimizers.AdamW(schedule)
+    """
+
+    def __init__(self, peak_learning_rate: float, steps: int, warmup_share: float = 0.1):
+        if not isinstance(peak_learning_rate, (int, float)) or not peak_learning_rate > 0:
+            raise ValueError(
+                "`peak_learning_rate` must be a positive number. "
+                f"Received: peak_learning_rate={peak_learning_rate!r}"
+            )
+        check_positive_int("steps", steps)
+        if not isinstance(warmup_share, (int, float)) or not 0 < warmup_share < 1:
+            raise ValueError(
+                "`warmup_share` must be a number between 0 and 1. "
+                f"Received: warmup_share={warmup_share!r}"
+            )
+        self.peak_learning_rate = float(peak_learning_rate)
+        self.steps = steps
+        self.warmup_share = float(warmup_share)
+
+    def __call__(self, step):
+        """The learning rate, a float32 scalar, in a step counted from zero."""
+        step = ops.cast(step, "float32")
+        warmup = self.warmup_share * self.steps
+        rising, falling = step / warmup, (self.steps - step) / (self.steps - warmup)
+        return self.peak_learning_rate * ops.maximum(0.0, ops.minimum(rising, falling))
+
+    def get_config(self):
+        return {
+            "peak_learning_rate": self.peak_learning_rate,
+            "steps": self.steps,
+            "warmup_share": self.warmup_share,
+        }
