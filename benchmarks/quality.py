@@ -353,14 +353,13 @@ def draw(rows):
             axis.annotate(
                 row["method"].replace("kernel size ", ""),
                 (row["trainable"], mean),
-                xytext=(12, label_height),
-                textcoords=("offset points", "data"),
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "gray"},
+                xytext=(1.02, label_height),
+                textcoords=("axes fraction", "data"),
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": color, "alpha": 0.6},
                 verticalalignment="center",
                 fontsize=8,
             )
         axis.set_xscale("log")
-        axis.set_xlim(300, 2e9)
         axis.margins(y=0.1)
         axis.set(title=task, xlabel="trainable numbers", ylabel=MEASURES[task])
         axis.grid(alpha=0.3)
