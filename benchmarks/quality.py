@@ -73,6 +73,8 @@ def main():
     options = parser.parse_args()
     if options.report:
         return report(finished())
+    if "xquad" in options.tasks and not options.squad:
+        parser.error("the task xquad needs --squad")
     for task in options.tasks:
         data = load(task, options)
         for method in methods_of(task, options.methods):
@@ -86,12 +88,17 @@ def methods_of(task, methods):
 
 
 def finished() -> list:
-    return [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """The runs so far, but for those of other epochs or batches."""
+    runs = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    current = {task: (EPOCHS[task], BATCH_SIZES[task]) for task in EPOCHS}
+    return [run for run in runs if (run["epochs"], run["batch_size"]) == current[run["task"]]]
 
 
 def sweep(task, method, data):
     """All runs of a method on a task that are still to be done."""
-    rates = list(RATES.get(method, ADAPTER_RATES))
+    mine = [run for run in finished() if (run["task"], run["method"]) == (task, method)]
+    rates = {*RATES.get(method, ADAPTER_RATES), *(run["learning_rate"] for run in mine)}
+    rates = sorted(rates)
     while True:
         for rate in rates:
             run_once(task, method, rate, 0, data)

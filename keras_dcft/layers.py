@@ -586,13 +586,18 @@ def check_positive_int(name, value):
         raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
 
 
+def check_number(name, value):
+    """Raises TypeError for what is neither int nor float (or is a bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
+
+
 def check_settings(kernel_size, rank, alpha, dropout, orthogonality):
     """Raises TypeError or ValueError for settings that no layer can have."""
     check_positive_int("kernel_size", kernel_size)
     check_positive_int("rank", rank)
     for name, value in (("alpha", alpha), ("dropout", dropout), ("orthogonality", orthogonality)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
+        check_number(name, value)
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"`alpha` must be positive and finite. Received: alpha={alpha}")
     if not 0 <= dropout < 1:

@@ -1,9 +1,11 @@
 """The paper's learning-rate schedule, which Keras does not have."""
 
+import math
+
 import keras
 from keras import ops
 
-from keras_dcft.layers import check_positive_int
+from keras_dcft.layers import check_number, check_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -18,7 +20,7 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
             default is the authors'.
 
     Raises:
-        TypeError: if `steps` is not an int.
+        TypeError: if `steps` is not an int, or another argument not a number.
         ValueError: if a number is out of range.
 
     Example:
@@ -29,16 +31,17 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, peak_learning_rate: float, steps: int, warmup_share: float = 0.1):
-        if not isinstance(peak_learning_rate, (int, float)) or not peak_learning_rate > 0:
+        check_number("peak_learning_rate", peak_learning_rate)
+        if not (math.isfinite(peak_learning_rate) and peak_learning_rate > 0):
             raise ValueError(
-                "`peak_learning_rate` must be a positive number. "
-                f"Received: peak_learning_rate={peak_learning_rate!r}"
+                "`peak_learning_rate` must be positive and finite. "
+                f"Received: peak_learning_rate={peak_learning_rate}"
             )
         check_positive_int("steps", steps)
-        if not isinstance(warmup_share, (int, float)) or not 0 < warmup_share < 1:
+        check_number("warmup_share", warmup_share)
+        if not 0 < warmup_share < 1:
             raise ValueError(
-                "`warmup_share` must be a number between 0 and 1. "
-                f"Received: warmup_share={warmup_share!r}"
+                f"`warmup_share` must be between 0 and 1. Received: warmup_share={warmup_share}"
             )
         self.peak_learning_rate = float(peak_learning_rate)
         self.steps = steps

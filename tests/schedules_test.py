@@ -46,11 +46,14 @@ def test_a_compiled_model_comes_back_with_it(tmp_path):
     [
         ({"peak_learning_rate": 0.0}, ValueError),
         ({"peak_learning_rate": float("nan")}, ValueError),
-        ({"peak_learning_rate": "x"}, ValueError),
+        ({"peak_learning_rate": float("inf")}, ValueError),
+        ({"peak_learning_rate": "x"}, TypeError),
+        ({"peak_learning_rate": True}, TypeError),
         ({"steps": 0}, ValueError),
         ({"steps": 10.0}, TypeError),
         ({"warmup_share": 0}, ValueError),
         ({"warmup_share": 1.0}, ValueError),
+        ({"warmup_share": None}, TypeError),
     ],
 )
 def test_bad_arguments_are_named(arguments, error):
