@@ -218,7 +218,6 @@ XQUAD_VARIANTS = {
     "alpha 64": Variant({"alpha": 64.0}),
     "rate 1e-2, warm-up": Variant(rate=1e-2, warm_up=True),
     "rank 4": Variant({"rank": 4}),
-    "filter's rate x 4": Variant(rates=(1.0, 4.0)),
     "twice the epochs": Variant(longer=2),
     "rate 1e-2, twice the epochs": Variant(rate=1e-2, longer=2),
     "LoRA, rank 1, twice the epochs": Variant({"kernel_size": 1, "alpha": 1.0}, lora, longer=2),
