@@ -98,8 +98,7 @@ def finished() -> list:
 def sweep(task, method, data):
     """All runs of a method on a task that are still to be done."""
     mine = [run for run in finished() if (run["task"], run["method"]) == (task, method)]
-    rates = {*RATES.get(method, ADAPTER_RATES), *(run["learning_rate"] for run in mine)}
-    rates = sorted(rates)
+    rates = sorted({*RATES.get(method, ADAPTER_RATES), *(run["learning_rate"] for run in mine)})
     while True:
         for rate in rates:
             run_once(task, method, rate, 0, data)
@@ -346,8 +345,9 @@ def headline(rows) -> str:
     ]
     for method in (*MAIN, FULL):
         mine = [row for row in rows if row["method"] == method]
-        scores = " | ".join(f"{statistics.mean(row['scores']):.3f}" for row in mine)
-        lines.append(f"| {method} | {mine[0]['trainable']:,} | {scores} |")
+        if len(mine) == len(MEASURES):
+            scores = " | ".join(f"{statistics.mean(row['scores']):.3f}" for row in mine)
+            lines.append(f"| {method} | {mine[0]['trainable']:,} | {scores} |")
     return "\n".join(lines)
 
 
