@@ -52,9 +52,7 @@ def overridden(cls, base) -> list:
 
 def weight_of(layer):
     """The frozen weight, a variable, of a layer that is adapted or can be."""
-    name = dcft_class(type(layer)).weight_name
-    # Keras deletes the kernel when it has calibrated a quantized one.
-    return getattr(layer, name) if hasattr(layer, name) else layer.quantized_kernel
+    return dcft_class(type(layer)).weight_of(layer)
 
 
 def weight_shape_of(layer) -> tuple:

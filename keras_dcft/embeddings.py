@@ -69,11 +69,6 @@ class DCFTTable(DCFTLayer):
         )
         return ops.add(rows, increment)
 
-    def _get_embeddings_with_merged_lora(self):
-        # What Keras saves under the table's name, see `DCFTKernel`.
-        names = ("_embeddings", "embeddings_scale", "embeddings_zero")
-        return tuple(getattr(self, name, None) for name in names)
-
 
 def _integers(inputs):
     is_integer = "int" in keras.backend.standardize_dtype(inputs.dtype)
@@ -216,11 +211,9 @@ class DCFTReversibleEmbedding(DCFTTable, keras.layers.ReversibleEmbedding):
         if not reverse:
             return self._with_increment(super().quantized_call(inputs), inputs)
         # Keras's quantized calls end with the cap, and the increment goes in before it.
-        soft_cap, self.logit_soft_cap = self.logit_soft_cap, None
-        try:
-            logits = super().quantized_call(inputs, reverse=True)
-        finally:
-            self.logit_soft_cap = soft_cap
+        view = self.plain_view()
+        view.__dict__["logit_soft_cap"] = None
+        logits = self.base_class.quantized_call(view, inputs, reverse=True)
         return self._capped(self._with_reverse_increment(logits, inputs))
 
     def _with_reverse_increment(self, logits, inputs):

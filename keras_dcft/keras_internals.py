@@ -13,6 +13,9 @@ import keras
 from keras.src.backend.common import masking
 from keras.src.utils import naming, tracking
 
+# Where a layer keeps the variables that are its own and not its sublayers'.
+VARIABLE_LISTS = ("_trainable_variables", "_non_trainable_variables")
+
 
 @contextlib.contextmanager
 def unlocked(layer):
@@ -100,6 +103,31 @@ def _move_variables(layer, variables, source, target):
     tracker.stored_ids[target] |= ids
 
 
+def view_as(layer, cls, without: dict):
+    """An object of another class with a layer's state, but for some attributes and variables.
+
+    Keras counts and writes a layer's variables by two lists of its own, from which what is left out
+    has to go. The layer itself is not touched, so that another thread may use it meanwhile.
+
+    Args:
+        layer: a Keras layer.
+        cls: the class of the view; no constructor is run.
+        without: dict of variables by attribute.
+    """
+    view = object.__new__(cls)
+    state = {name: value for name, value in vars(layer).items() if name not in without}
+    hidden = {id(variable) for variable in without.values()}
+    for name in VARIABLE_LISTS:
+        state[name] = [v for v in state[name] if id(v) not in hidden]
+    vars(view).update(state)
+    return view
+
+
+def keep_state(layer, view):
+    """Takes over what was set on a view, but for the lists that are the layer's own."""
+    vars(layer).update({k: v for k, v in vars(view).items() if k not in VARIABLE_LISTS})
+
+
 def remove_variable(layer, attribute: str):
     """Deletes a variable from a built layer.
 
@@ -134,8 +162,8 @@ def set_mask(tensor, mask):
 def wrap_quantize(layer, check, **arguments):
     """Puts a check of the mode before a layer's or model's `quantize`, and arguments into it.
 
-    Every layer object has a `quantize` of its own, which Keras binds to the class that it was made
-    with, so neither another class nor a method of it has any say.
+    Before Keras 3.16 every layer object has a `quantize` of its own, bound to the class that it was
+    made with, so neither another class nor a method of it has any say.
     """
     original = layer.quantize
 
@@ -144,13 +172,17 @@ def wrap_quantize(layer, check, **arguments):
         check(mode or getattr(config, "mode", None))
         return original(mode=mode, config=config, **{**kwargs, **arguments})
 
-    quantize.unchecked = original
+    quantize.bound = vars(layer).get("quantize")
     layer.quantize = quantize
 
 
 def unwrap_quantize(layer):
     """Undoes `wrap_quantize`, if it was done."""
-    layer.quantize = getattr(layer.quantize, "unchecked", layer.quantize)
+    quantize = vars(layer).get("quantize")
+    if hasattr(quantize, "bound"):
+        del layer.quantize
+        if quantize.bound is not None:
+            layer.quantize = quantize.bound
 
 
 def models_holding(layers) -> list:

@@ -163,7 +163,14 @@ class DCFTLayer:
     @property
     def frozen_weight(self):
         """The base layer's own weight, the variable."""
-        return getattr(self, self.weight_name)
+        return self.weight_of(self)
+
+    @classmethod
+    def weight_of(cls, layer):
+        """That weight of an adapted layer or of one of the base class."""
+        # Keras deletes the kernel when it has calibrated a quantized one.
+        is_there = hasattr(layer, cls.weight_name)
+        return getattr(layer, cls.weight_name) if is_there else layer.quantized_kernel
 
     def effective_weight(self):
         """Base plus increment, of the base weight's dtype; differentiable in the adapter.
@@ -238,29 +245,68 @@ class DCFTLayer:
             "`merge_dcft(model)` or `remove_dcft(model)` first."
         )
 
+    def plain_view(self):
+        """The layer as its base class: the same state, without the adapter and its variables.
+
+        What Keras does with a layer's own state, it does to this view, by the base class's public
+        methods. So what is written and told of the base is what the base layer would write and
+        tell, whichever way this version of Keras goes about it.
+        """
+        return keras_internals.view_as(self, self.base_class, without=self.adapter_variables())
+
+    def adapter_variables(self) -> dict:
+        """The adapter's variables by their names; empty before the layer is built."""
+        return {name: getattr(self, name) for name in ADAPTER_VARIABLES if hasattr(self, name)}
+
     def save_own_variables(self, store):
-        super().save_own_variables(store)
+        written = {}
+        self.base_class.save_own_variables(self.plain_view(), written)
+        self._check_written(written)
         if self.built and not self.shares_adapter:
-            store["dcft_a"] = self.dcft_a
-            store["dcft_b"] = self.dcft_b
-            store["dcft_filter"] = self.disabled_filter if self.is_disabled else self.dcft_filter
+            written.update(self.adapter_variables())
+            if self.is_disabled:
+                written["dcft_filter"] = self.disabled_filter
+        for name, value in written.items():
+            store[name] = value
+
+    def _check_written(self, written):
+        """Raises RuntimeError if Keras's own saving gives anything but the base's variables.
+
+        Weights worked out for the file, such as a kernel with the increment in it, would be loaded
+        as the base. A class that saves in a way of its own is as free as it is in Keras.
+        """
+        if not self.built or not self.base_class.save_own_variables.__module__.startswith("keras."):
+            return
+        own = {id(variable) for variable in keras_internals.own_weights(self.plain_view())}
+        values = {id(value) for value in written.values()}
+        if id(self.frozen_weight) not in values or not values <= own:
+            raise RuntimeError(
+                f"Layer '{self.name}' cannot be saved: Keras {keras.__version__} does not write "
+                f"the frozen weight of a {self.base_class.__name__} itself. Nothing was written "
+                "for it. This version of Keras needs a newer keras_dcft."
+            )
 
     def load_own_variables(self, store):
-        if not self.built:
-            return super().load_own_variables(store)
         # A store of the base layer alone has no adapter; then the adapter keeps its values. Any
-        # other difference in number is an error of Keras's.
-        stored = {name: getattr(self, name) for name in ADAPTER_VARIABLES}
-        stored.update({name: store[name] for name in store.keys()})  # noqa: SIM118 (no dict)
-        super().load_own_variables(stored)
-        for name in ADAPTER_VARIABLES:
-            getattr(self, name).assign(stored[name])
-        if self.is_disabled and "dcft_filter" in store.keys():  # noqa: SIM118 (no dict)
+        # other difference in number is an error.
+        stored = {name: store[name] for name in store.keys()}  # noqa: SIM118 (no dict)
+        adapter = {name: stored.pop(name) for name in ADAPTER_VARIABLES if name in stored}
+        if self.built and adapter and len(adapter) < len(ADAPTER_VARIABLES):
+            raise ValueError(
+                f"Layer '{self.name}' cannot be loaded: of the adapter's variables "
+                f"{list(ADAPTER_VARIABLES)} the file has only {list(adapter)}."
+            )
+        view = self.plain_view()
+        self.base_class.load_own_variables(view, stored)
+        keras_internals.keep_state(self, view)
+        for name, value in adapter.items():
+            getattr(self, name).assign(value)
+        if self.is_disabled and adapter:
             self.disabled_filter = ops.convert_to_numpy(self.dcft_filter)
             self.dcft_filter.assign(ops.zeros(self.dcft_filter.shape))
 
     def get_config(self):
-        config = super().get_config()
+        config = self.base_class.get_config(self.plain_view())
         config.update(
             kernel_size=self.kernel_size,
             rank=self.rank,
@@ -306,11 +352,9 @@ class DCFTKernel(DCFTLayer):
 
     def quantized_call(self, inputs, training=None):
         # Keras's quantized calls end with the activation, and the increment goes in before it.
-        activation, self.activation = self.activation, None
-        try:
-            base = super().quantized_call(inputs, training=training)
-        finally:
-            self.activation = activation
+        view = self.plain_view()
+        view.__dict__["activation"] = None
+        base = self.base_class.quantized_call(view, inputs, training=training)
         # Not in place, which PyTorch forbids for what custom gradients return.
         outputs = ops.add(base, self._increment_outputs(inputs, training))
         return outputs if self.activation is None else self.activation(outputs)
@@ -331,12 +375,6 @@ class DCFTKernel(DCFTLayer):
         outputs = ops.matmul(ops.matmul(rows, input_factor), output_factor)
         leading = ops.shape(inputs)[: len(inputs.shape) - contracted_axes]
         return ops.reshape(outputs, (*leading, *output_sizes))
-
-    def _get_kernel_with_merged_lora(self):
-        # Keras saves what this returns under the base kernel's name. By default that is
-        # `self.kernel`, with which the increment would be saved twice and count twice on loading.
-        names = ("_kernel", "kernel_scale", "kernel_zero")
-        return tuple(getattr(self, name, None) for name in names)
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -472,8 +510,12 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
 
     @staticmethod
     def weight_shape_of(layer) -> tuple:
-        packed = layer.quantization_mode in ("int4", *CALIBRATED_MODES)
-        return tuple(layer.original_kernel_shape if packed else layer._kernel.shape)
+        if not holds_integers(layer):
+            return tuple(layer._kernel.shape)
+        # Packed int4 kernels and calibrated ones are stored in other shapes.
+        input_shape = layer.get_build_config()["input_shape"]
+        output_shape = layer.compute_output_shape(input_shape)
+        return einsum_kernel_shape(layer.equation, input_shape, output_shape)
 
     @staticmethod
     def matrix_shape_of(layer) -> tuple[int, int]:
@@ -561,6 +603,18 @@ def einsum_axes(equation: str) -> EinsumAxes:
         output_equation=f"{kept}{z},{z}{produced}->{outputs}",
         is_rows_product=inputs == kept + contracted and outputs == kept + produced,
     )
+
+
+def einsum_kernel_shape(equation: str, input_shape, output_shape) -> tuple:
+    """The shape of the kernel by which an equation takes one shape to the other."""
+    inputs, rest = equation.split(",")
+    kernel, outputs = rest.split("->")
+    size = {}
+    for axes, shape in ((inputs, input_shape), (outputs, output_shape)):
+        before, _, behind = axes.partition("...")
+        size.update(zip(before, shape))
+        size.update(zip(reversed(behind), reversed(shape)))
+    return tuple(size[c] for c in kernel)
 
 
 def holds_integers(layer) -> bool:

@@ -4,14 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Tests compile the same small programs again and again, which JAX does once for all of them here.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import keras
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
 SHARED_TFDS = ROOT.parent / "shared" / "tfds"
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -27,6 +32,19 @@ def _fresh_state():
     # never frees, would be looked through again and again.
     gc.freeze()
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_only_where_it_matters(request):
+    """TensorFlow traces and compiles nothing, but in tests marked `compiled`."""
+    if keras.backend.backend() != "tensorflow" or request.node.get_closest_marker("compiled"):
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

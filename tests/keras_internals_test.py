@@ -126,14 +126,31 @@ def test_resetting_forgets_functions_and_slots_but_not_settings():
     assert np.abs(before[0] - array(model.trainable_variables[0])).max() > 0
 
 
-def test_what_keras_saves_as_the_kernel_goes_through_the_hook(monkeypatch):
-    model = sequential()
-    enable_dcft(model, kernel_size=4)
-    layer = model.layers[0]
-    marker = np.full((12, 20), 7.0)
-    monkeypatch.setattr(
-        type(layer), "_get_kernel_with_merged_lora", lambda self: (marker, None, None)
+def test_a_view_has_the_state_but_for_what_is_left_out():
+    layer = built(keras.layers.BatchNormalization())
+    trainable, frozen = layer.trainable_variables, layer.non_trainable_variables
+    view = keras_internals.view_as(
+        layer, keras.layers.BatchNormalization, {"beta": layer.beta, "moving_mean": frozen[0]}
     )
-    store = {}
-    layer.save_own_variables(store)
-    assert store["0"] is marker
+    assert type(view) is keras.layers.BatchNormalization
+    assert [v.name for v in view.weights] == ["gamma", "moving_variance"]
+    assert view.gamma is layer.gamma
+    assert not hasattr(view, "beta")
+    view.epsilon, view.mark = 0.5, "set on the view"
+    assert layer.epsilon == 0.001
+    assert not hasattr(layer, "mark")
+    keras_internals.keep_state(layer, view)
+    assert (layer.epsilon, layer.mark) == (0.5, "set on the view")
+    assert layer.trainable_variables == trainable
+    assert layer.non_trainable_variables == frozen
+
+
+def test_a_wrapped_quantize_is_put_back():
+    layer = built(keras.layers.Dense(4))
+    before = vars(layer).get("quantize")
+    seen = []
+    keras_internals.wrap_quantize(layer, seen.append, type_check=False)
+    layer.quantize("int8")
+    assert seen == ["int8"]
+    keras_internals.unwrap_quantize(layer)
+    assert vars(layer).get("quantize") is before

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,19 @@ def test_only_public_keras_outside_of_the_one_place():
             assert "_tracker" not in source, path
         for backend in ("tensorflow", "jax", "torch"):
             assert f"import {backend}" not in source, path
+
+
+def test_no_private_hook_of_keras_is_overridden():
+    for cls in (
+        keras_dcft.DCFTDense,
+        keras_dcft.DCFTEinsumDense,
+        keras_dcft.DCFTEmbedding,
+        keras_dcft.DCFTReversibleEmbedding,
+    ):
+        ours = [base for base in cls.__mro__ if base.__module__.startswith("keras_dcft")]
+        names = {name for base in ours for name in vars(base) if re.match("_[^_]", name)}
+        assert len(names) > 4
+        assert [name for name in names if hasattr(cls.base_class, name)] == []
 
 
 def test_imports_without_keras_hub(run_python):
