@@ -1,7 +1,7 @@
 """The one place where this package reaches into Keras beyond its public API.
 
 Each function says why the public API does not do; `tests/keras_internals_test.py` breaks when
-Keras changes what they rely on (Keras 3.15.1).
+Keras changes what they rely on (Keras 3.13 to 3.16).
 """
 
 import contextlib
@@ -236,8 +236,9 @@ def reset_compiled_state(model):
         return
     # As in `compile`, nothing of this is to be tracked as a part of the model.
     with tracking.DotNotTrackScope():
-        flags = {layer: layer.trainable for layer in model._flatten_layers()}
-        model._compiled_trainable_state = flags
+        if hasattr(model, "_compiled_trainable_state"):  # since Keras 3.14
+            flags = {layer: layer.trainable for layer in model._flatten_layers()}
+            model._compiled_trainable_state = flags
         optimizer = model.optimizer
         if optimizer is None or not optimizer.built:
             return

@@ -165,9 +165,10 @@ def described(model) -> str:
 class WrappedModel(AdaptedModel):
     """Mixin of all other adapted models: the original's serialisation inside one of our own."""
 
-    def __init__(self, **kwargs):
-        # Only for its signature, by which `clone_model` sees that an adapted functional model
-        # cannot be made from inputs and outputs; the clone is then a plain one with DCFT layers.
+    def __init__(self, model=None, dcft=None, **kwargs):
+        # Only for its signature, the config's, by which `clone_model` sees that an adapted
+        # functional model cannot be made from inputs and outputs; the clone is then a plain one
+        # with DCFT layers. (Keras 3.13 would see that in no signature of keywords alone.)
         super().__init__(**kwargs)
 
     def get_config(self):

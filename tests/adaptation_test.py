@@ -336,6 +336,7 @@ def test_the_optimizer_keeps_its_settings_and_the_model_its_compilation():
     model.optimizer.learning_rate = 0.05
     enable_dcft(model, kernel_size=4)
     layer = model.layers[0]
+    model.optimizer.build(model.trainable_variables)
     assert not model.optimizer._use_weight_decay(layer.dcft_a)
     assert model.optimizer._use_weight_decay(layer.dcft_b)
     assert isinstance(model.optimizer, keras.optimizers.AdamW)

@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("keras", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("keras")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-walks",
+        action="store_true",
+        help="do everything to every KerasHub backbone, not to the third that is this backend's",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     keras.utils.clear_session()

@@ -1,5 +1,6 @@
 import backbones
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -132,6 +133,8 @@ def test_a_tied_kernel_used_in_another_way_is_refused():
 
 @pytest.mark.parametrize("kind", ["QwenMoe", "Qwen3Moe", "Qwen3_5Moe", "GptOss", "Gemma4"])
 def test_expert_weights_of_every_kind_are_no_target(kind):
+    if not hasattr(keras_hub.models, f"{kind}Backbone"):
+        pytest.skip(f"this KerasHub has no {kind}Backbone")
     model, _ = backbones.make(f"{kind}Backbone")
     names = ("Experts", "MoEBlock")
     experts = [x for x in model._flatten_layers() if type(x).__name__.endswith(names)]

@@ -1,25 +1,40 @@
 """Every KerasHub backbone: adapted, trained, saved, merged, removed."""
 
+import zlib
+
 import backbones
+import keras
+import keras_hub
 import pytest
-from backbones.checks import WITHOUT_FILES, measure
+from backbones.checks import WITHOUT_FILES, glance, measure
+from conftest import BACKENDS
 
 
 def test_every_exported_backbone_is_here():
-    assert list(backbones.BACKBONES) == backbones.exported()
+    assert set(backbones.exported()) <= set(backbones.BACKBONES)
 
 
-@pytest.mark.parametrize("name", backbones.exported())
-def test_backbone(name, tmp_path):
-    seen = measure(name, tmp_path)
+def is_walked_here(name) -> bool:
+    """Whether this backend is the one of three that does everything to a backbone."""
+    return BACKENDS[zlib.crc32(name.encode()) % len(BACKENDS)] == keras.backend.backend()
+
+
+@pytest.mark.parametrize("name", backbones.BACKBONES)
+def test_backbone(name, tmp_path, request):
+    if not hasattr(keras_hub.models, name):
+        pytest.skip(f"this KerasHub has no {name}")
+    whole = request.config.getoption("--all-walks") or is_walked_here(name)
+    seen = measure(name, tmp_path) if whole else glance(name)
     if not seen["dense_layers"]:
         assert "at least one built Dense or EinsumDense" in seen["error"]
         return
     assert len(seen["adapted"]) == seen["dense_layers"] - len(seen["narrow"])
+    assert seen["adapter_effect"] > 1e-4
+    if not whole:
+        return
     assert seen["start_difference"] == 0
     assert seen["changed_base_weights"] == []
     assert seen["untrained"] == []
-    assert seen["adapter_effect"] > 1e-4
     if name not in WITHOUT_FILES:
         assert seen["file_difference"] == 0
         assert seen["same_config"]

@@ -117,7 +117,7 @@ def test_resetting_forgets_functions_and_slots_but_not_settings():
     assert model.predict_function is None
     assert not model.optimizer.built
     state = "_compiled_trainable_state"  # not tracked, and so not exported
-    assert type(getattr(model, state)) is type(getattr(sequential(), state))
+    assert type(getattr(model, state, None)) is type(getattr(sequential(), state, None))
     assert model.optimizer.get_config()["momentum"] == 0.5
     assert model.get_compile_config()["optimizer"]["config"]["learning_rate"] == 0.25
     before = values(model.trainable_variables)

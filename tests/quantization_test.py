@@ -138,7 +138,9 @@ def test_an_adapter_trained_on_int8_is_merged_into_the_float_model(tmp_path):
 
 
 def calibration(mode, structure):
-    config_class = {"gptq": keras.quantizers.GPTQConfig, "awq": keras.quantizers.AWQConfig}[mode]
+    config_class = getattr(keras.quantizers, f"{mode.upper()}Config", None)
+    if config_class is None:
+        pytest.skip(f"this Keras has no quantization mode {mode}")
     rng = np.random.default_rng(0)
     return config_class(
         dataset=[rng.integers(0, 19, (1, 6)) for _ in range(4)],

@@ -17,6 +17,10 @@ from keras_dcft.planning import walk
 
 # Layers of these tiny backbones to which no gradient comes.
 WITHOUT_GRADIENT = {
+    "DiffusionGemmaBackbone": (
+        r"^(gate|up|down)_proj$",
+        "for self-conditioning, which the backbone's own call multiplies with zero",
+    ),
     "Gemma3nBackbone": (
         r"decoder_block_1/attention/(k|v)_proj$",
         "the last layer takes keys and values from an earlier one, its own are never called",
@@ -80,32 +84,11 @@ def difference(before, after) -> float:
 
 def measure(name: str, folder) -> dict:
     """Does all of it to one tiny backbone and returns what was seen."""
-    model, inputs = backbones.make(name)
-    layers = walk(model)
-    dense = {path: layer for path, layer in layers.items() if isinstance(layer, DENSE_CLASSES)}
-    built = {path: layer for path, layer in dense.items() if layer.built}
-    seen = {
-        "parameters": model.count_params(),
-        "dense_layers": len(built),
-        "dense_parameters": sum(layer.count_params() for layer in built.values()),
-        "other_parameters": _parameters_by_class(model, layers, built),
-        "unbuilt": sorted(set(dense) - set(built)),
-        "narrow": sorted(path for path, x in built.items() if min(matrix_shape_of(x)) < 2),
-    }
+    model, inputs, built, seen = _make(name)
     if not built:
-        try:
-            enable_dcft(model)
-        except ValueError as error:
-            seen["error"] = str(error)
-        return seen
-    for variable in model.weights:  # zeros would hide the layers before them
-        if len(variable.shape) > 1 and not np.any(array(variable)):
-            variable.assign(0.3 * keras.random.normal(variable.shape, seed=7))
+        return _refused(model, seen)
     base, frozen_base = flat_outputs(model, inputs), frozen_outputs(model, inputs)
-    narrow = [built[path] for path in seen["narrow"]]
-    exclude = (lambda layer: any(layer is x for x in narrow)) if narrow else None
-    enable_dcft(model, kernel_size=2, exclude_layers=exclude)
-    seen["adapted"] = sorted(model.dcft_config["layers"])
+    _enable(model, built, seen)
     seen["trainable"] = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     seen["start_difference"] = difference(frozen_base, flat_outputs(model, inputs))
 
@@ -125,6 +108,53 @@ def measure(name: str, folder) -> dict:
     seen["merged_difference"] = difference(adapted, frozen_outputs(model, inputs))
     seen["merged_class"] = type(model).__name__
     return seen
+
+
+def glance(name: str) -> dict:
+    """Adapts one tiny backbone and calls it once: the part of `measure` that costs least."""
+    model, inputs, built, seen = _make(name)
+    if not built:
+        return _refused(model, seen)
+    base = flat_outputs(model, inputs)
+    _enable(model, built, seen)
+    randomize_adapters(model, scale=0.15)
+    seen["adapter_effect"] = difference(base, flat_outputs(model, inputs))
+    return seen
+
+
+def _make(name):
+    """The backbone, inputs for it, its dense layers that are built, and what is seen of them."""
+    model, inputs = backbones.make(name)
+    layers = walk(model)
+    dense = {path: layer for path, layer in layers.items() if isinstance(layer, DENSE_CLASSES)}
+    built = {path: layer for path, layer in dense.items() if layer.built}
+    seen = {
+        "parameters": model.count_params(),
+        "dense_layers": len(built),
+        "dense_parameters": sum(layer.count_params() for layer in built.values()),
+        "other_parameters": _parameters_by_class(model, layers, built),
+        "unbuilt": sorted(set(dense) - set(built)),
+        "narrow": sorted(path for path, x in built.items() if min(matrix_shape_of(x)) < 2),
+    }
+    for variable in model.weights:  # zeros would hide the layers before them
+        if len(variable.shape) > 1 and not np.any(array(variable)):
+            variable.assign(0.3 * keras.random.normal(variable.shape, seed=7))
+    return model, inputs, built, seen
+
+
+def _refused(model, seen):
+    try:
+        enable_dcft(model)
+    except ValueError as error:
+        seen["error"] = str(error)
+    return seen
+
+
+def _enable(model, built, seen):
+    narrow = [built[path] for path in seen["narrow"]]
+    exclude = (lambda layer: any(layer is x for x in narrow)) if narrow else None
+    enable_dcft(model, kernel_size=2, exclude_layers=exclude)
+    seen["adapted"] = sorted(model.dcft_config["layers"])
 
 
 def _train(name, model, inputs) -> dict:

@@ -273,6 +273,17 @@ def stable_diffusion3():
     }
 
 
+# What the Gemmas have in common, without the encoders of images and sound.
+GEMMA = {
+    "vocabulary_size": TOKENS,
+    "image_size": 8,
+    "num_query_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_dim": 20,
+    "intermediate_dim": 36,
+    "head_dim": 8,
+}
+
 MULTIMODAL = {
     "BLIP2Backbone": Tiny(blip2),
     "CLIPBackbone": Tiny(lambda: {**encoders("CLIP"), "projection_dim": 12}),
@@ -297,6 +308,8 @@ MULTIMODAL = {
             "y_shape": (20,),
         }
     ),
+    "DiffusionGemmaBackbone": Tiny(lambda: {**GEMMA, "num_layers": 2}),
+    "EmbeddingGemma2Backbone": Tiny(lambda: {**GEMMA, "num_layers": 2, "embedding_dim": 12}),
     "Gemma3Backbone": Tiny(
         lambda: {
             "vocabulary_size": TOKENS,

@@ -50,6 +50,7 @@ TEXT = {
         }
     ),
     "BloomBackbone": Tiny(lambda: HEADS),
+    "ModernBertBackbone": Tiny(lambda: {**HEADS, "local_attention_window": 4}),
     "DebertaV3Backbone": Tiny(lambda: {**POSITIONS, "bucket_size": 4}),
     "DistilBertBackbone": Tiny(lambda: POSITIONS),
     "ESMBackbone": Tiny(lambda: POSITIONS),
