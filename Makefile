@@ -1,30 +1,60 @@
 # make demo: the main job. make test: everything, on all three backends. Both set up .venv first.
+# make test-all: everything to every KerasHub backbone too, which `make test` does on one backend
+# each. make test-oldest, make test-nightly: the suite with other versions of Keras and the rest.
 PYTHON ?= python3
 BACKEND ?= tensorflow
-BIN = .venv/bin
+VENV = .venv
+BIN = $(VENV)/bin
+PYTEST_ARGS =
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test test-tensorflow test-jax test-torch lint clean
+.PHONY: setup demo lint clean
+.PHONY: test test-all test-oldest test-nightly suite suite-tensorflow suite-jax suite-torch
 
-setup: .venv/ready
+setup: $(VENV)/ready
+
+define install
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet --constraint $(1) torch
+$(@D)/bin/pip install --quiet --constraint $(1) --editable ".[dev,tensorflow,jax,torch]"
+endef
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,tensorflow,jax,torch]"
-	touch .venv/ready
+	$(call install,constraints.txt)
+	touch $@
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(call install,constraints-oldest.txt)
+	touch $@
+
+# The nightlies share their folders with the releases.
+.venv-nightly/ready: pyproject.toml constraints.txt constraints-nightly.txt
+	$(call install,constraints.txt)
+	$(@D)/bin/pip uninstall --quiet --yes keras keras-hub
+	$(@D)/bin/pip install --quiet --no-deps --requirement constraints-nightly.txt
+	touch $@
 
 demo: setup
 	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/finetune_text_classifier.py --train-size 1400
 
-test: setup lint test-tensorflow test-jax test-torch
+test: setup lint suite
+
+test-all: setup lint
+	$(MAKE) suite PYTEST_ARGS=--all-walks
+
+test-oldest test-nightly: test-%:
+	$(MAKE) suite VENV=.venv-$*
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test-tensorflow test-jax test-torch: test-%: setup
-	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+suite: suite-tensorflow suite-jax suite-torch
+
+# One process a core is enough: what the tests compute is too small to be shared among threads.
+suite-tensorflow suite-jax suite-torch: suite-%: setup
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		--numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv finetuned
+	rm -rf .venv .venv-oldest .venv-nightly .pytest_cache finetuned

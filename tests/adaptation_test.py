@@ -34,6 +34,7 @@ def targets_for(model, inputs, seed=3):
     return np.random.default_rng(seed).normal(size=predict(model, inputs).shape)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", MODELS)
 def test_start_is_the_base_model(kind):
     make, inputs = MODELS[kind]
@@ -286,8 +287,15 @@ def array_of_call(model, inputs):
     return array(outputs["pooled_output"] if isinstance(outputs, dict) else outputs)
 
 
-@pytest.mark.parametrize("kind", ["functional_around_backbone", "sequential", "subclassed"])
-@pytest.mark.parametrize("used", ["predict", "fit", "predict and fit"])
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("kind", "used"),
+    [
+        ("functional_around_backbone", "predict and fit"),
+        ("sequential", "predict"),
+        ("subclassed", "fit"),
+    ],
+)
 def test_a_used_model_trains_and_predicts_rightly(kind, used):
     make, inputs = MODELS[kind]
     model, inputs = make(), inputs()
@@ -300,13 +308,11 @@ def test_a_used_model_trains_and_predicts_rightly(kind, used):
     assert train_step_is_right(model, inputs, targets) < 1e-5
 
 
-@pytest.mark.parametrize("used", ["predict", "fit"])
-def test_a_used_task_trains_and_predicts_rightly(used):
+@pytest.mark.compiled
+def test_a_used_task_trains_and_predicts_rightly():
     model = bert_classifier()
+    model.fit(TEXTS, LABELS, batch_size=4, verbose=0)
     before = predict(model, TEXTS)
-    if used == "fit":
-        model.fit(TEXTS, LABELS, batch_size=4, verbose=0)
-        before = predict(model, TEXTS)
     enable_dcft(model, kernel_size=4)
     assert np.abs(predict(model, TEXTS) - before).max() <= SAME
     frozen = [v for v in model.backbone.weights if "dcft" not in v.name]
@@ -316,6 +322,7 @@ def test_a_used_task_trains_and_predicts_rightly(used):
     assert np.abs(predict(model, TEXTS) - before).max() > 0
 
 
+@pytest.mark.compiled
 def test_a_model_compiled_around_a_backbone_sees_that_it_was_adapted():
     model = functional_around_backbone()
     inputs = MODELS["functional_around_backbone"][1]()
@@ -360,6 +367,7 @@ def test_loss_scaling_survives():
     assert np.isfinite(loss).all()
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("error:A layer's `trainable` state has changed")
 def test_no_warning_tells_the_user_to_compile_again():
     model = sequential()
@@ -367,6 +375,7 @@ def test_no_warning_tells_the_user_to_compile_again():
     model.fit(vectors(), np.ones((4, 9)), verbose=0)
 
 
+@pytest.mark.compiled
 def test_a_causal_language_model_generates_with_its_adapters():
     keras_hub = pytest.importorskip("keras_hub")
     backbone = keras_hub.models.GPT2Backbone(

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests compile the same small programs again and again, which JAX does once for all of them here.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -16,12 +16,19 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
+from tools import run_eagerly
 
+ROOT = Path(__file__).parent.parent
 SHARED_TFDS = ROOT.parent / "shared" / "tfds"
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# Every new shape compiles something, so single examples may be slow.
-hypothesis.settings.register_profile("keras", deadline=None, derandomize=True)
+# Every new shape compiles something, on JAX every operation, so single examples may be slow.
+hypothesis.settings.register_profile(
+    "keras",
+    deadline=None,
+    derandomize=True,
+    max_examples=40 if keras.backend.backend() == "jax" else 200,
+)
 hypothesis.settings.load_profile("keras")
 
 
@@ -45,14 +52,10 @@ def _fresh_state():
 @pytest.fixture(autouse=True)
 def _compiled_only_where_it_matters(request):
     """TensorFlow traces and compiles nothing, but in tests marked `compiled`."""
-    if keras.backend.backend() != "tensorflow" or request.node.get_closest_marker("compiled"):
-        yield
-        return
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
+    is_eager = not request.node.get_closest_marker("compiled")
+    run_eagerly(is_eager)
     yield
-    tf.config.run_functions_eagerly(False)
+    run_eagerly(False)
 
 
 @pytest.fixture
@@ -64,10 +67,10 @@ def rng():
 def run_python():
     """Runs a program in a process of its own, on any backend, and returns what it printed."""
 
-    def run(program, backend=None):
+    def run(program, backend=None, *arguments):
         backend = backend or keras.backend.backend()
         result = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *map(str, arguments)],
             env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT / "tests")},
             capture_output=True,
             text=True,

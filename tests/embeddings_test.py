@@ -3,7 +3,7 @@ import keras_hub
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 from layers_test import assert_forms_no_full_matrix
@@ -83,7 +83,6 @@ def assert_equals_reference(layer, ids, width, seed):
         assert np.all(np.abs(actual - wanted) <= 1e-5 * magnitude)
 
 
-@settings(max_examples=200)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.data())
 def test_lookup_and_projection_equal_the_reference(vocabulary, dim, rank, data):
     kernel_size = data.draw(st.integers(1, min(vocabulary, dim)))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 from tools import array
@@ -42,7 +42,6 @@ def assert_close(actual, expected):
     assert np.abs(array(actual) - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1e-30)
 
 
-@settings(max_examples=200)
 @given(shapes(), st.integers(0, 20))
 def test_all_three_forms_equal_the_reference(shape, padding):
     input_dim, output_dim, kernel_size, rank, _ = shape

@@ -7,16 +7,19 @@ import keras
 import keras_hub
 import pytest
 from backbones.checks import WITHOUT_FILES, glance, measure
-from conftest import BACKENDS
 
 
 def test_every_exported_backbone_is_here():
     assert set(backbones.exported()) <= set(backbones.BACKBONES)
 
 
+# JAX compiles every single operation of a model that is called outside of a compiled function.
+SHARES = ("torch", "torch", "torch", "tensorflow", "tensorflow", "jax")
+
+
 def is_walked_here(name) -> bool:
     """Whether this backend is the one of three that does everything to a backbone."""
-    return BACKENDS[zlib.crc32(name.encode()) % len(BACKENDS)] == keras.backend.backend()
+    return SHARES[zlib.crc32(name.encode()) % len(SHARES)] == keras.backend.backend()
 
 
 @pytest.mark.parametrize("name", backbones.BACKBONES)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tools import array, sequential, values, vectors
 
-from keras_dcft import enable_dcft, keras_internals
+from keras_dcft import keras_internals
 
 
 def built(layer, width=6):

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 from tools import array, outputs_and_gradients, values
@@ -81,7 +81,6 @@ def assert_equals_reference(layer, equation, inputs, output_shape, seed):
         assert np.all(np.abs(actual - wanted) <= 1e-5 * np.abs(magnitude).max())
 
 
-@settings(max_examples=200)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.data())
 def test_dense_equals_the_reference(input_dim, units, rank, data):
     kernel_size = data.draw(st.integers(1, min(input_dim, units)))
@@ -112,13 +111,11 @@ def valid_equations(draw):
     return f"a{inputs},{kernel}->a{outputs}"
 
 
-@settings(max_examples=200)
 @given(st.sampled_from(EQUATIONS), st.integers(1, 3), st.data())
 def test_einsum_dense_equals_the_reference(equation, rank, data):
     assert_equation_equals_reference(equation, rank, data)
 
 
-@settings(max_examples=200)
 @given(valid_equations(), st.integers(1, 3), st.data())
 def test_random_equations_equal_the_reference(equation, rank, data):
     assert_equation_equals_reference(equation, rank, data)

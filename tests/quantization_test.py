@@ -44,6 +44,7 @@ def frozen(model):
     return [v for v in model.weights if id(v) not in trained and not v.overwrite_with_gradient]
 
 
+@pytest.mark.compiled  # Keras's float8 does not train in TensorFlow's eager mode
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", ["quantized", "adapted"])
 def test_a_quantized_base_is_adapted_trained_and_saved(mode, first, tmp_path):

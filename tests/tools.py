@@ -22,6 +22,14 @@ TEXTS = ["a good film", "a bad film", "very good", "very very bad films"] * 4
 LABELS = np.array([1, 0, 1, 0] * 4)
 
 
+def run_eagerly(is_eager=True):
+    """Lets TensorFlow trace and compile nothing, or as users have it; other backends stay."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.run_functions_eagerly(is_eager)
+
+
 def array(tensor):
     return np.array(ops.convert_to_numpy(tensor))
 

@@ -20,6 +20,8 @@ from tools import (
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, remove_dcft, save_dcft_weights
 from keras_dcft.planning import dcft_layers
 
+pytestmark = pytest.mark.compiled
+
 TARGETS = np.ones((4, 9), "float32")
 
 

@@ -60,8 +60,11 @@ def flat_outputs(model, inputs):
 
         without_gradients = torch.no_grad()
     with without_gradients:
-        outputs = keras.tree.flatten(model(inputs))
-    return [array(ops.cast(o, "float32")) for o in outputs]
+        return _as_floats(model(inputs))
+
+
+def _as_floats(outputs):
+    return [array(ops.cast(o, "float32")) for o in keras.tree.flatten(outputs)]
 
 
 def frozen_outputs(model, inputs):
@@ -111,14 +114,14 @@ def measure(name: str, folder) -> dict:
 
 
 def glance(name: str) -> dict:
-    """Adapts one tiny backbone and calls it once: the part of `measure` that costs least."""
+    """Adapts one tiny backbone and lets it predict: the part of `measure` that costs least."""
     model, inputs, built, seen = _make(name)
     if not built:
         return _refused(model, seen)
-    base = flat_outputs(model, inputs)
     _enable(model, built, seen)
+    start = _as_floats(model.predict_on_batch(inputs))
     randomize_adapters(model, scale=0.15)
-    seen["adapter_effect"] = difference(base, flat_outputs(model, inputs))
+    seen["adapter_effect"] = difference(start, _as_floats(model.predict_on_batch(inputs)))
     return seen
 
 
