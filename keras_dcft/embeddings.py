@@ -23,7 +23,7 @@ class DCFTTable(DCFTLayer):
     weight_name = "_embeddings"
 
     @staticmethod
-    def weight_shape_of(layer) -> tuple:
+    def weight_shape_of(layer, input_shape=None) -> tuple:
         return (layer.input_dim, layer.output_dim)
 
     matrix_shape_of = weight_shape_of

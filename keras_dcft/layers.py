@@ -55,7 +55,7 @@ class DCFTLayer:
     A class that uses it comes before the Keras layer in the bases, names that layer in
     `base_class` and the attribute of its frozen weight in `weight_name`, and gives the matrix view
     of that weight: `weight_shape_of` and `matrix_shape_of`, which also take a layer of the base
-    class, and `_weight_from_matrix`.
+    class and, while it is being built, the shape of its inputs, and `_weight_from_matrix`.
     """
 
     base_class: type
@@ -86,11 +86,12 @@ class DCFTLayer:
         self.disabled_filter = None
         self.shares_adapter = False
 
-    def add_adapter(self, owner=None):
+    def add_adapter(self, owner=None, input_shape=None):
         """Freezes what the layer has and adds the three adapter variables to it.
 
         Args:
             owner: a DCFT layer of the same frozen weight, whose adapter this layer is to share.
+            input_shape: shape of the inputs for a layer that is being built.
         """
         keras_internals.freeze_variables(self)
         # By default Keras refuses subclasses, which might hold other weights than their base class.
@@ -100,7 +101,7 @@ class DCFTLayer:
             for name in ADAPTER_VARIABLES:
                 setattr(self, name, getattr(owner, name))
             return
-        input_dim, output_dim = self.matrix_shape
+        input_dim, output_dim = self.matrix_shape_of(self, input_shape)
         if self.kernel_size > min(input_dim, output_dim):
             raise ValueError(
                 "`kernel_size` must not be larger than the smaller side of the kernel. "
@@ -137,7 +138,7 @@ class DCFTLayer:
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.add_adapter()
+        self.add_adapter(input_shape=input_shape)
 
     @property
     def scale(self) -> float:
@@ -443,7 +444,7 @@ class DCFTDense(DCFTKernel, keras.layers.Dense):
         )
 
     @staticmethod
-    def weight_shape_of(layer) -> tuple:
+    def weight_shape_of(layer, input_shape=None) -> tuple:
         # Not the kernel's: int4 kernels are packed, calibrated ones transposed.
         return (layer.input_spec.axes[-1], layer.units)
 
@@ -509,17 +510,17 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
         )
 
     @staticmethod
-    def weight_shape_of(layer) -> tuple:
+    def weight_shape_of(layer, input_shape=None) -> tuple:
         if not holds_integers(layer):
             return tuple(layer._kernel.shape)
         # Packed int4 kernels and calibrated ones are stored in other shapes.
-        input_shape = layer.get_build_config()["input_shape"]
+        input_shape = input_shape or layer.get_build_config()["input_shape"]
         output_shape = layer.compute_output_shape(input_shape)
         return einsum_kernel_shape(layer.equation, input_shape, output_shape)
 
     @staticmethod
-    def matrix_shape_of(layer) -> tuple[int, int]:
-        shape = DCFTEinsumDense.weight_shape_of(layer)
+    def matrix_shape_of(layer, input_shape=None) -> tuple[int, int]:
+        shape = DCFTEinsumDense.weight_shape_of(layer, input_shape)
         contracted, outputs = einsum_axes(layer.equation).sizes(shape)
         return math.prod(contracted), math.prod(outputs)
 

@@ -499,25 +499,26 @@ def tiny_preset(tmp_path_factory):
 def films(tmp_path, rng):
     """Questions that a tiny model can learn, a third of them without an answer."""
     asked = []
-    for i in range(240):
+    for i in range(120):
         words = [f"w{n}" for n in rng.integers(0, 10, 8)]
         answer = (None, "good", "bad")[i % 3]
         if answer:
             words[rng.integers(8)] = answer
-        asked.append(question(" ".join(words), answer, name=str(i), article=i // 24))
+        asked.append(question(" ".join(words), answer, name=str(i), article=i // 12))
     return write(tmp_path / "films.json", squad(asked))
 
 
+@pytest.mark.compiled  # many steps: quicker
 @pytest.mark.parametrize("method", ["dcft", "lora", "head", "full"])
 def test_a_tiny_model_is_trained_saved_and_reloaded(method, films, tiny_preset, tmp_path, capsys):
     main(
-        f"--preset {tiny_preset} --dataset {films} --method {method} --kernel-size 4 --epochs 10 "
-        f"--sequence-length 24 --stride 4 --batch-size 16 --learning-rate 0.03 "
+        f"--preset {tiny_preset} --dataset {films} --method {method} --kernel-size 4 --epochs 4 "
+        f"--sequence-length 24 --stride 4 --batch-size 8 --learning-rate 0.1 "
         f"--output-dir {tmp_path}".split()
     )
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["train_questions"] == 192
-    assert results["held_out_questions"] == 48
+    assert results["train_questions"] == 96
+    assert results["held_out_questions"] == 24
     # Keras merges its LoRA into the kernels when it saves, which rounds.
     assert results["reload_difference"] <= (1e-4 if method == "lora" else 0)
     for measure in ("exact_match", "f1"):
@@ -602,13 +603,14 @@ def test_a_file_with_one_article_needs_a_held_out_file(tmp_path):
 def test_the_main_job_on_real_questions(tmp_path):
     data = json.loads(XQUAD.read_text())
     train = write(tmp_path / "train.json", {"data": data["data"][:2]})
-    held_out = write(tmp_path / "held_out.json", {"data": data["data"][2:3]})
+    paragraphs = data["data"][2]["paragraphs"][:2]
+    held_out = write(tmp_path / "held_out.json", {"data": [{"paragraphs": paragraphs}]})
     main(
-        f"--dataset {train} --held-out-file {held_out} --epochs 1 --train-size 16 --batch-size 8 "
-        f"--sequence-length 128 --stride 32 --output-dir {tmp_path}".split()
+        f"--dataset {train} --held-out-file {held_out} --epochs 1 --train-size 8 --batch-size 8 "
+        f"--sequence-length 96 --stride 24 --output-dir {tmp_path}".split()
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["backend"] == keras.backend.backend()
-    assert results["train_questions"] == 16
+    assert results["train_questions"] == 8
     assert results["trainable_parameters"] == 7648 + 770
     assert results["reload_difference"] == 0

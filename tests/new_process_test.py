@@ -41,6 +41,8 @@ tools.run_eagerly()
 seen = {}
 
 def look(name, model, kind):
+    if keras.backend.backend() == "torch":
+        model.jit_compile = False  # which TensorFlow and JAX write, and PyTorch would follow
     np.save(f"{folder}/{name}.npy", tools.predict(model, tools.MODELS[kind][1]()))
     seen[name] = [type(model).__name__, len(model.trainable_variables)]
 

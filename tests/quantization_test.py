@@ -21,7 +21,14 @@ from tools import (
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, remove_dcft, save_dcft_weights
 from keras_dcft.planning import dcft_layers
 
-MODES = ("int8", "int4", "float8")
+
+def modes(layer, *names) -> list:
+    """Those of the modes that this Keras has for a layer."""
+    return [name for name in names if name in layer.variable_serialization_spec]
+
+
+DENSE, EINSUM_DENSE = keras.layers.Dense(1), keras.layers.EinsumDense("a,ab->b", 1)
+MODES = modes(EINSUM_DENSE, "int8", "int4", "float8", "ternary")
 
 
 def dense_model(activation="relu"):
@@ -91,7 +98,7 @@ def test_quantizing_an_adapted_model_frees_the_floating_point_kernels():
     assert [v.name for v in model.trainable_variables] == ["bias"] * 3
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", modes(DENSE, "int8", "int4", "ternary"))
 def test_the_increment_goes_in_before_the_activation(mode):
     model = dense_model(activation="tanh")
     model.quantize(mode)
@@ -108,7 +115,7 @@ def test_the_increment_goes_in_before_the_activation(mode):
     assert layer.activation is keras.activations.tanh
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", modes(DENSE, "int8", "int4", "ternary"))
 def test_integers_are_not_merged_and_have_no_effective_kernel(mode):
     model = dense_model()
     model.quantize(mode)
@@ -120,7 +127,7 @@ def test_integers_are_not_merged_and_have_no_effective_kernel(mode):
     np.testing.assert_array_equal(predict(model, vectors()), before)
     with pytest.raises(ValueError, match="holds a quantized weight"):
         _ = model.layers[0].kernel
-    assert array(model.layers[0]._kernel).dtype == "int8"
+    assert array(model.layers[0]._kernel).dtype in ("int8", "uint8")  # ternary kernels
 
 
 def test_an_adapter_trained_on_int8_is_merged_into_the_float_model(tmp_path):

@@ -16,7 +16,11 @@ LAYERS = {
     "tied": lambda: keras.layers.ReversibleEmbedding(9, 8),
     "untied": lambda: keras.layers.ReversibleEmbedding(9, 8, tie_weights=False),
 }
-MODES = [None, "int8", "int4", "float8", "int8 afterwards", "int4 afterwards"]
+MODES = ["", "int8", "int4", "float8", "ternary", "int8 afterwards", "int4 afterwards"]
+
+
+def is_in_this_keras(kind, mode) -> bool:
+    return (mode.split() or [None])[0] in LAYERS[kind]().variable_serialization_spec
 
 
 def base_model(kind):
@@ -26,32 +30,25 @@ def base_model(kind):
     return keras.Sequential([inputs, LAYERS[kind]()])
 
 
-# Float8 is for dense layers alone.
-CASES = [(k, m) for k in LAYERS for m in MODES if m != "float8" or "dense" in k]
+CASES = [(kind, mode) for kind in LAYERS for mode in MODES if is_in_this_keras(kind, mode)]
 
 
 @pytest.fixture(params=CASES, ids=str)
 def plain_and_adapted(request):
     """The same layer twice, quantized in the same way, one of them with an adapter with values."""
     kind, mode = request.param
+    name, _, afterwards = mode.partition(" ")
     layers = []
     for is_adapted in (False, True):
         model = base_model(kind)
-        name, _, afterwards = (mode or "").partition(" ")
-        adapt = [lambda model=model: enable_dcft(model, kernel_size=4, target_layers=".*")]
-        quantize = [lambda model=model, name=name: model.quantize(name)] if mode else []
-        try:
-            for step in (adapt + quantize) if afterwards else (quantize + adapt):
-                if is_adapted or step not in adapt:
-                    step()
-        except (NotImplementedError, ValueError) as error:
-            if "quantization" not in str(error):
-                raise
-            pytest.skip(f"this Keras has no {name} {kind}: {error}")
-        layer = model.layers[0]
-        if name and layer.quantization_mode != name:
-            pytest.skip(f"this Keras has no {name} {kind}")
-        layers.append(layer)
+        if name and not afterwards:
+            model.quantize(name)
+        if is_adapted:
+            enable_dcft(model, kernel_size=4, target_layers=".*")
+        if afterwards:
+            model.quantize(name)
+        layers.append(model.layers[0])
+        assert layers[-1].quantization_mode == (name or None)
     for variable in layers[1].trainable_variables:
         if variable.name.startswith("dcft_"):
             variable.assign(np.random.default_rng(1).normal(size=variable.shape))
