@@ -499,8 +499,13 @@ def test_a_part_of_an_adapted_model_is_not_merged_alone():
             verb(backbone)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("kind", ["task", "sequential"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.compiled) if kind in ("task", "sequential") else kind
+        for kind in MODELS
+    ],
+)
 def test_disabled_models_predict_as_their_base(kind):
     model, inputs = MODELS[kind][0](), MODELS[kind][1]()
     base = predict(model, inputs)

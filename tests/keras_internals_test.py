@@ -154,3 +154,27 @@ def test_a_wrapped_quantize_is_put_back():
     assert seen == ["int8"]
     keras_internals.unwrap_quantize(layer)
     assert vars(layer).get("quantize") is before
+
+
+def test_a_mask_that_is_set_reaches_the_next_layer():
+    seen = []
+
+    class Sees(keras.layers.Layer):
+        def call(self, inputs, mask=None):
+            seen.append(mask)
+            return inputs
+
+    inputs, mask = keras.Input((3,)), keras.Input((3,), dtype="bool")
+    keras_internals.set_mask(inputs, None)
+    Sees()(inputs)
+    keras_internals.set_mask(inputs, mask)
+    Sees()(inputs)
+    assert seen[0] is None
+    assert seen[-1] is not None
+
+
+def test_own_weights_are_those_of_the_layer_alone():
+    model = sequential()
+    assert keras_internals.own_weights(model) == []
+    layer = built(keras.layers.BatchNormalization())
+    assert keras_internals.own_weights(layer) == layer.weights
