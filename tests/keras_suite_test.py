@@ -17,6 +17,9 @@ dense_test, einsum_dense_test = (
     for name in ("dense_test", "einsum_dense_test")
 )
 
+# Keras's float8 does not train in TensorFlow's eager mode.
+pytestmark = pytest.mark.compiled
+
 
 @keras.saving.register_keras_serializable("keras_dcft_tests")
 class Dense(DCFTDense):
