@@ -68,6 +68,15 @@ def task_losses(task, steps=3):
     return losses
 
 
+def step_losses(model, inputs, targets, steps=3):
+    """The losses of some more training steps, each by itself."""
+    losses = []
+    for _ in range(steps):
+        model.reset_metrics()  # Keras 3.13 gives the mean over all steps since
+        losses.append(float(model.train_on_batch(inputs, targets)))
+    return losses
+
+
 def sequential():
     model = keras.Sequential(
         [
