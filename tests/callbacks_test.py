@@ -76,6 +76,7 @@ def test_the_first_file_has_to_beat_the_threshold(tmp_path):
     assert resumed.best == 0.7
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("save_freq", [1, 2, 3, 5])
 @pytest.mark.parametrize("steps", [1, 2] if keras.backend.backend() != "torch" else [1])
 def test_batches_are_counted_as_by_keras(save_freq, steps, tmp_path):

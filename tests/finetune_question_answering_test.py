@@ -216,7 +216,7 @@ def test_real_tokens_are_the_tokenizers_and_say_what_their_characters_say(
     assert len(contexts) == 240
     count, otherwise = 0, []
     for context, (ids, offsets) in zip(contexts, tokens_with_offsets(tokenizer, contexts)):
-        assert ids == tokenizer.tokenize(context).tolist()
+        assert ids == np.asarray(tokenizer.tokenize(context)).tolist()
         assert (np.diff(offsets, axis=0) >= 0).all()
         for token_id, (start, end) in zip(ids, offsets):
             piece = tokenizer.id_to_token(token_id).removeprefix("##")
