@@ -43,7 +43,8 @@ from quality import (
 )
 
 from keras_dcft import PAPER_RECIPE, LinearWarmupDecay, enable_dcft
-from keras_dcft.planning import dcft_layers, walk
+from keras_dcft.models import dcft_layers
+from keras_dcft.planning import walk
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
 PAGE = ROOT / "docs" / "choices.md"
@@ -82,7 +83,7 @@ class Variant:
 
 def zero_b(backbone, data):
     """As LoRA starts: A random, B zero; the filter orthogonal."""
-    for layer in dcft_layers(backbone):
+    for layer in dcft_layers(backbone).values():
         layer.dcft_a.assign(initializers.HeUniform()(layer.dcft_a.shape))
         layer.dcft_b.assign(np.zeros(layer.dcft_b.shape))
         layer.dcft_filter.assign(initializers.Orthogonal()(layer.dcft_filter.shape))
@@ -94,15 +95,15 @@ def lora(backbone, data):
 
 def scale_wide_layers(factor, backbone, data):
     """Another alpha for the feed-forward kernels, four times as large as the others."""
-    for layer in dcft_layers(backbone):
-        if layer.matrix_shape[0] != layer.matrix_shape[1]:
+    for layer in dcft_layers(backbone).values():
+        if layer.dcft_adapter.matrix_shape[0] != layer.dcft_adapter.matrix_shape[1]:
             layer.alpha *= factor
 
 
 def from_kernel(backbone, data):
     """A and B the directions of the kernel's own best approximation by an increment."""
-    for layer in dcft_layers(backbone):
-        set_directions(layer, np.array(layer.frozen_weight))
+    for layer in dcft_layers(backbone).values():
+        set_directions(layer, np.array(layer.dcft_frozen_weight()))
 
 
 def from_gradient(backbone, data):
@@ -125,7 +126,7 @@ def from_gradient(backbone, data):
 
 def set_directions(layer, weight):
     """A and B of unit norm from the best approximation of a matrix by (A B) x filter (van Loan)."""
-    d, (rows, columns) = layer.kernel_size, layer.matrix_shape
+    d, (rows, columns) = layer.dcft_settings.kernel_size, layer.dcft_adapter.matrix_shape
     blocks = weight.reshape(rows // d, d, columns // d, d).transpose(0, 2, 1, 3)
     left, _, _ = np.linalg.svd(blocks.reshape(-1, d * d), full_matrices=False)
     u, _, vh = np.linalg.svd(left[:, 0].reshape(rows // d, columns // d), full_matrices=False)

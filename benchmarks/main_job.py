@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from keras_dcft.layers import DEFAULT_ALPHA
+from keras_dcft.settings import DEFAULT_ALPHA
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "main_job.jsonl"

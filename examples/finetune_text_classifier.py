@@ -42,9 +42,9 @@ from methods import (
 from text_classifier import batches, make_classifier
 from text_data import load_text_data
 
-from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
 from keras_dcft.increments import parameter_count
 from keras_dcft.planning import walk
+from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,20 +1,15 @@
 """DCFT (arXiv 2503.01419) for Keras 3: fine-tuning by deconvolution in a subspace."""
 
-from keras_dcft.adaptation import (
-    PAPER_RECIPE,
-    dcft_disabled,
-    enable_dcft,
-    merge_dcft,
-    remove_dcft,
-)
-from keras_dcft.adapters import load_dcft_weights, save_dcft_weights
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
-from keras_dcft.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
-from keras_dcft.layers import DCFTDense, DCFTEinsumDense
+from keras_dcft.files import load_dcft_weights, save_dcft_weights
+from keras_dcft.layers.dense import DCFTDense
+from keras_dcft.layers.einsum_dense import DCFTEinsumDense
+from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
 from keras_dcft.schedules import LinearWarmupDecay
+from keras_dcft.verbs import PAPER_RECIPE, dcft_disabled, enable_dcft, merge_dcft, remove_dcft
 
 __version__ = "0.1.0"
 

@@ -7,10 +7,8 @@ import keras
 from rich.console import Console
 from rich.table import Table
 
-from keras_dcft.conversion import matrix_shape_of, weight_of
+from keras_dcft.hub import task_backbone
 from keras_dcft.increments import parameter_count
-from keras_dcft.layers import DEFAULT_ALPHA, check_positive_int
-from keras_dcft.models import task_backbone
 from keras_dcft.planning import (
     checked_model,
     choose_kernel_sizes,
@@ -18,6 +16,8 @@ from keras_dcft.planning import (
     plan_adaptation,
     walk,
 )
+from keras_dcft.reclassing import matrix_shape_of, weight_of
+from keras_dcft.settings import DEFAULT_ALPHA, checked_positive_int
 
 LORA_RANKS = (1, 8)
 
@@ -154,7 +154,7 @@ def dcft_parameter_table(
     for kernel_size in kernel_sizes:
         sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
         for size in sizes.values():
-            check_positive_int("kernel_sizes", size)
+            checked_positive_int("kernel_sizes", size)
         chosen = choose_kernel_sizes(sizes, targeted)
         count = None
         if not narrower_than(chosen, targeted):
@@ -201,7 +201,7 @@ def kernel_size_for_budget(
         >>> kernel_size_for_budget(model, 60)
         2
     """
-    check_positive_int("parameters", parameters)
+    checked_positive_int("parameters", parameters)
     targeted = _targeted(model, rank, target_layers, exclude_layers)
     shapes = [matrix_shape_of(layer) for layer in _owners(targeted).values()]
     counts = counts_by_kernel_size(shapes, rank)

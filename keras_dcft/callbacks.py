@@ -9,8 +9,8 @@ from pathlib import Path
 
 import keras
 
-from keras_dcft.adapters import SUFFIX, read_notes, save_dcft_weights
-from keras_dcft.models import adapted_part
+from keras_dcft.files import SUFFIX, read_notes, save_dcft_weights
+from keras_dcft.models import dcft_layers
 
 
 class DCFTCheckpoint(keras.callbacks.Callback):
@@ -84,7 +84,11 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         self._batches_since_saving = 0
 
     def on_train_begin(self, logs=None):
-        adapted_part(self.model)  # says so now, and not after an epoch, if the model is not adapted
+        if not dcft_layers(self.model):
+            raise ValueError(
+                "Call `enable_dcft(model)` before `fit`: `model` must have DCFT layers for "
+                f"DCFTCheckpoint to save. Received: model '{self.model.name}' with none."
+            )
         for file in sorted(glob.glob(_glob_pattern(self.filepath))):
             try:
                 notes = read_notes(file)

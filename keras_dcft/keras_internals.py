@@ -10,7 +10,8 @@ import gc
 import itertools
 
 import keras
-from keras.src.backend.common import masking
+from keras import ops
+from keras.src.backend.common import masking, stateless_scope
 from keras.src.utils import naming, tracking
 
 # Where a layer keeps the variables that are its own and not its sublayers'.
@@ -63,7 +64,7 @@ def own_weights(layer) -> list:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
-def freeze_variables(layer, variables=None):
+def freeze_variables(layer) -> list:
     """Freezes a layer's own variables so that no later `trainable = True` thaws them.
 
     Setting `trainable` on a layer or on any of its parents sets it on every variable that the
@@ -71,17 +72,16 @@ def freeze_variables(layer, variables=None):
     moved from the one list to the front of the other: that keeps their order, by which Keras
     saves and loads them.
 
-    Args:
-        layer: a Keras layer.
-        variables: list of the layer's own trainable variables; all of them if None.
+    Returns:
+        The variables.
     """
-    if variables is None:
-        # A float8 layer's scales are no weights: Keras writes them through the gradients' place,
-        # and a layer that is used must go on measuring them.
-        variables = [v for v in own_trainable_variables(layer) if not v.overwrite_with_gradient]
+    # A float8 layer's scales are no weights: Keras writes them through the gradients' place, and
+    # a layer that is used must go on measuring them.
+    variables = [v for v in own_trainable_variables(layer) if not v.overwrite_with_gradient]
     _move_variables(layer, variables, "trainable_variables", "non_trainable_variables")
     for variable in variables:
         variable.trainable = False
+    return variables
 
 
 def thaw_variables(layer, variables, flags):
@@ -103,8 +103,8 @@ def _move_variables(layer, variables, source, target):
     tracker.stored_ids[target] |= ids
 
 
-def view_as(layer, cls, without: dict):
-    """An object of another class with a layer's state, but for some attributes and variables.
+def view_as(layer, cls, without=()):
+    """An object of another class with a layer's state, but for this package's, and some variables.
 
     Keras counts and writes a layer's variables by two lists of its own, from which what is left out
     has to go. The layer itself is not touched, so that another thread may use it meanwhile.
@@ -112,11 +112,11 @@ def view_as(layer, cls, without: dict):
     Args:
         layer: a Keras layer.
         cls: the class of the view; no constructor is run.
-        without: dict of variables by attribute.
+        without: variables.
     """
     view = object.__new__(cls)
-    state = {name: value for name, value in vars(layer).items() if name not in without}
-    hidden = {id(variable) for variable in without.values()}
+    state = {name: value for name, value in vars(layer).items() if "dcft" not in name}
+    hidden = {id(variable) for variable in without}
     for name in VARIABLE_LISTS:
         state[name] = [v for v in state[name] if id(v) not in hidden]
     vars(view).update(state)
@@ -128,25 +128,121 @@ def keep_state(layer, view):
     vars(layer).update({k: v for k, v in vars(view).items() if k not in VARIABLE_LISTS})
 
 
-def remove_variable(layer, attribute: str):
-    """Deletes a variable from a built layer.
+def track_variable(layer, variable):
+    """Makes another layer's variable one of a layer's own too, which assigning it would do."""
+    layer._track_variable(variable)
+
+
+def untrack_variable(layer, variable):
+    """Undoes it.
 
     `del layer.attribute` does that and then runs a full garbage collection, hundreds of which a
-    large model would have to wait for; this skips `Layer.__delattr__` and goes to its base.
+    large model would have to wait for.
     """
-    layer._untrack_variable(getattr(layer, attribute))
-    super(keras.layers.Layer, layer).__delattr__(attribute)
+    layer._untrack_variable(variable)
 
 
-def remove_seed_generator(layer, attribute: str):
-    """Deletes a seed generator, whose state Keras would go on counting, from a built layer."""
-    layer._tracker.untrack(getattr(layer, attribute))
-    super(keras.layers.Layer, layer).__delattr__(attribute)
+def track_seed(layer, seed):
+    """Lets Keras carry a seed generator's state through compiled functions."""
+    layer._tracker.track(seed)
+
+
+def untrack_seed(layer, seed):
+    """Undoes it."""
+    layer._tracker.untrack(seed)
 
 
 def set_trainable_flag(layer, value: bool):
     """Sets one layer's own flag; the public setter would set it on everything below as well."""
     layer._trainable = value
+
+
+def is_traced(variable) -> bool:
+    """Whether a function is being traced right now, in which `assign` would mean something else."""
+    if keras.config.backend() == "torch":
+        return False
+    if stateless_scope.in_stateless_scope():
+        return True
+    try:
+        ops.convert_to_numpy(variable)
+    except NotImplementedError:  # of TensorFlow's symbolic tensors
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def traced_with(values):
+    """In what is traced inside this context, variables have other values.
+
+    In a `StatelessScope`, JAX's way, that is what `assign` does. TensorFlow's functions assign to
+    the variables when they run, which other threads would see, and the variables would get the
+    gradients of what is computed with the other values; so there a scope is opened, whose other
+    updates, such as those of seeds, are made when it ends.
+    """
+    values = [(variable, ops.convert_to_tensor(value)) for variable, value in values]
+    scope = stateless_scope.get_stateless_scope()
+    if scope is None:
+        with _Overlay(values) as overlay:
+            yield
+        for variable, value in overlay.updates.values():
+            variable.assign(value)
+        return
+    before = [(variable, variable.value) for variable, _ in values]
+    for update in values:
+        scope.add_update(update)
+    try:
+        yield
+    finally:
+        for update in before:
+            scope.add_update(update)
+
+
+class _Overlay(keras.StatelessScope):
+    """A scope that knows the variables that it has updates of, and not their ids alone."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.updates = {}
+
+    def add_update(self, update):
+        super().add_update(update)
+        self.updates[id(update[0])] = update
+
+
+def exchange_value(variable, value):
+    """Gives a variable another value, and returns what `put_value_back` needs.
+
+    On PyTorch the tensor itself is exchanged: a value that was written into it would change what
+    autograd keeps of an earlier forward pass, whose backward pass then fails.
+    """
+    if keras.config.backend() == "torch":
+        kept = variable._value
+        variable._value = ops.convert_to_tensor(value, dtype=variable.dtype)
+        return kept
+    kept = ops.convert_to_numpy(variable).copy()
+    variable.assign(value)
+    return kept
+
+
+def kept_value(kept, value):
+    """What `exchange_value` returned, with another value in it."""
+    if keras.config.backend() == "torch":
+        kept.data.copy_(ops.convert_to_tensor(value, dtype=kept.dtype))
+        return kept
+    return ops.convert_to_numpy(value).copy()
+
+
+def put_value_back(variable, kept):
+    """Undoes `exchange_value`."""
+    if keras.config.backend() == "torch":
+        variable._value = kept
+    else:
+        variable.assign(kept)
+
+
+def strategy_scope(model):
+    """To be written."""
+    return contextlib.nullcontext()
 
 
 def set_mask(tensor, mask):

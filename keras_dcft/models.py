@@ -1,169 +1,89 @@
-"""Adapted models: their classes, what they say of themselves when saved, how they come back.
+"""Whoever holds an adapted layer carries it: adapting, releasing, and what is written of models.
 
-A model is adapted in place and given a made class, `DCFTBertBackbone(BertBackbone)`, whose config
-carries the `dcft_config`. Keras must know such a class before a file or preset is loaded: for
-KerasHub's backbones and tasks they are all made when this module is imported. Any other model,
-whose class may not even be importable yet then, is saved as a `DCFTModel` that wraps the original's
-own serialisation.
+Keras saves a model as a tree of configs, and most layers write only their constructor's arguments.
+So everything that adapting touches, and every model around it, gets a made class that writes the
+object's own serialisation and a `dcft_config` of the layers below it, whichever root is saved:
+
+    {"rank": 1, "alpha": 16.0, "dropout": 0.0, "orthogonality": 0.0,
+     "layers": {path: kernel size}, "trainable_layers": [path]}
+
+and, only where they are needed: `adapters` (path: the numbers, if layers differ in more than the
+kernel size), `roots` (the paths below which everything is adapted, trained or frozen), `untouched`
+(paths below those that are none of it), `flags` (path: what the user froze or thawed, see
+`freezing.special_flags`) and `parts` (the paths of what was adapted as a whole; usually the model).
 """
 
-import contextlib
-import dataclasses
 import functools
-import importlib.util
-import warnings
-import weakref
 
 import keras
 
-from keras_dcft import keras_internals
-from keras_dcft.conversion import adapt_layer, release_layer, weight_of
-from keras_dcft.layers import DCFTLayer, check_quantization, holds_integers
+from keras_dcft import freezing, keras_internals, selection
+from keras_dcft.freezing import Before, is_touched
+from keras_dcft.layers.base import DCFTLayer, check_quantization
 from keras_dcft.planning import check_adaptable, walk, with_sublayers
+from keras_dcft.reclassing import dcft_class, made_class, weight_of
+from keras_dcft.settings import AdapterSettings
 
 PACKAGE = "keras_dcft"
+COMMON = ("rank", "alpha", "dropout", "orthogonality")
 
 
-class FrozenState:
-    """Mixin of a frozen layer with state of its own, such as BatchNormalization's statistics.
-
-    Its variables are out of reach of `trainable = True`, but the flag alone would let it update
-    them; so here the flag stays False. So it does in a layer that is not built yet: Keras makes the
-    variables by the flag. The class keeps its name, by which Keras saves its weights.
-    """
-
-    base_class: type
-
-    @property
-    def trainable(self):
-        return self._trainable
-
-    @trainable.setter
-    def trainable(self, value):
-        pass
-
-
-@functools.cache
-def frozen_class(cls):
-    """The class of a frozen layer of this class that has state of its own."""
-    return type(cls.__name__, (FrozenState, cls), {"base_class": cls, "__module__": cls.__module__})
-
-
-@dataclasses.dataclass
-class Trainability:
-    """What could be trained in one layer before the model was adapted."""
-
-    layer: keras.layers.Layer
-    flag: bool
-    # Pairs of a weak reference to a variable and its flag: a kernel that is quantized later is not
-    # to stay in memory in floating point as well.
-    variable_flags: list
-
-    @classmethod
-    def of(cls, layer):
-        variables = keras_internals.own_trainable_variables(layer)
-        return cls(layer, layer.trainable, [(weakref.ref(v), v.trainable) for v in variables])
-
-    @property
-    def variables(self) -> list:
-        return [variable() for variable, _ in self.variable_flags if variable() is not None]
-
-    def wake(self):
-        """Makes the layer's own variables trainable."""
-        for variable in self.variables:
-            variable.trainable = True
-        keras_internals.set_trainable_flag(self.layer, True)
-
-    def freeze(self):
-        """Freezes the layer for good, also the state that it updates by itself in training."""
-        keras_internals.freeze_variables(self.layer)
-        keras_internals.set_trainable_flag(self.layer, False)
-        has_state = len(keras_internals.own_weights(self.layer)) > len(self.variables)
-        if has_state or not self.layer.built:
-            self.layer.__class__ = frozen_class(type(self.layer))
-
-    def restore(self):
-        if isinstance(self.layer, FrozenState):
-            self.layer.__class__ = self.layer.base_class
-            for built_later in keras_internals.own_trainable_variables(self.layer):
-                built_later.trainable = self.flag
-        flags = [flag for variable, flag in self.variable_flags if variable() is not None]
-        keras_internals.thaw_variables(self.layer, self.variables, flags)
-        keras_internals.set_trainable_flag(self.layer, self.flag)
-
-
-@dataclasses.dataclass
-class Adaptation:
-    """What adapting did to a model, enough to undo it."""
-
-    config: dict
-    layers: dict
-    trainability: list
-
-
-class AdaptedModel:
-    """Mixin of every adapted model but tasks: what its config says of the adapter."""
-
-    base_class: type
-
-    @property
-    def dcft_config(self) -> dict:
-        """The adapter's settings: rank, alpha, ..., the kernel size of each layer by path."""
-        config = self._dcft_adaptation.config
-        return {
-            **config,
-            "layers": dict(config["layers"]),
-            "trainable_layers": list(config["trainable_layers"]),
-        }
-
-    def __repr__(self):
-        return described(self)
-
-
-class AdaptedBackbone(AdaptedModel):
-    """Mixin of adapted KerasHub backbones: the constructor's arguments stay at the top.
-
-    `from_preset` puts arguments such as `dtype` into a backbone's config, so it has to stay flat.
-    """
+class Carried:
+    """Mixin of all made classes: what they write is the original and what was done to it."""
 
     def get_config(self):
-        with base_configuration(self):
-            config = self.get_config()
-        return {**config, "dcft": self.dcft_config}
+        plain = keras.saving.serialize_keras_object(freezing.plain_view(self))
+        plain.pop("compile_config", None)
+        return {"model": plain, "dcft": config_of(self)}
 
     @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        dcft_config = config.pop("dcft")
-        return adapt(cls.base_class.from_config(config), dcft_config)
+    def from_config(cls, config, custom_objects=None):
+        plain = keras.saving.deserialize_keras_object(
+            config["model"], custom_objects=custom_objects
+        )
+        return adapt_when_built(plain, config["dcft"])
+
+    def get_build_config(self):
+        # The wrapped serialisation has it, and is built by the time that it is adapted.
+        return None
+
+    def __reduce__(self):
+        # Made classes cannot be imported; the one that they were made of can.
+        function, arguments = super().__reduce__()
+        return getattr(self.dcft_base_class, function.__name__), arguments
 
 
-class AdaptedTask:
-    """Mixin of adapted KerasHub tasks, whose config holds that of their adapted backbone."""
+class Touched(Carried):
+    """Mixin of what adapting froze or trains in full, and of what holds such layers."""
 
-    base_class: type
+    def save_own_variables(self, store):
+        written = {}
+        super().save_own_variables(written)
+        selection.write(self, written, store)
 
-    @property
-    def dcft_config(self) -> dict:
-        """The backbone's `dcft_config`."""
-        return self.backbone.dcft_config
-
-    def __repr__(self):
-        return described(self)
-
-
-def described(model) -> str:
-    """`repr` of an adapted model."""
-    config = model.dcft_config
-    sizes = ", ".join(map(str, sorted(set(config["layers"].values()))))
-    return (
-        f"<{type(model).__name__} name={model.name}, built={model.built}, "
-        f"{len(config['layers'])} DCFT layers of rank {config['rank']}, kernel size {sizes}>"
-    )
+    def load_own_variables(self, store):
+        super().load_own_variables(freezing.without_base_values(store))
+        freezing.take_base_values(self, store)
 
 
-class WrappedModel(AdaptedModel):
-    """Mixin of all other adapted models: the original's serialisation inside one of our own."""
+class AwaitsBuilding(Carried):
+    """Mixin of a layer from a file that is adapted as soon as its first call has built it."""
+
+    def get_config(self):
+        return {**super().get_config(), "dcft": self._dcft_awaited}
+
+    def __call__(self, *args, **kwargs):
+        outputs = super().__call__(*args, **kwargs)
+        config = vars(self).pop("_dcft_awaited")
+        self.__class__ = self.dcft_base_class
+        adapt(self, config)
+        return outputs
+
+
+class AdaptedModel(Touched):
+    """Mixin of models that are adapted or hold adapted layers."""
+
+    dcft_is_always_root = False
 
     def __init__(self, model=None, dcft=None, **kwargs):
         # Only for its signature, the config's, by which `clone_model` sees that an adapted
@@ -171,261 +91,290 @@ class WrappedModel(AdaptedModel):
         # with DCFT layers. (Keras 3.13 would see that in no signature of keywords alone.)
         super().__init__(**kwargs)
 
-    def get_config(self):
-        with base_configuration(self):
-            model = keras.saving.serialize_keras_object(self)
-        model.pop("compile_config", None)
-        return {"model": model, "dcft": self.dcft_config}
+    @property
+    def dcft_config(self) -> dict:
+        """The adapters' settings: rank, alpha, ..., the kernel size of each layer by path."""
+        config = config_of(self)
+        return {
+            k: config[k] for k in (*COMMON, "layers", "trainable_layers", "adapters") if k in config
+        }
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        model = keras.saving.deserialize_keras_object(
-            config["model"], custom_objects=custom_objects
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "Save adapted models as `.keras`: an HDF5 file of a whole model cannot hold them. "
+                f"Received: filepath={str(filepath)!r}"
+            )
+        return super().save(filepath, *args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with selection.calls.running():
+            return super().predict(*args, **kwargs)
+
+    def predict_on_batch(self, *args, **kwargs):
+        with selection.calls.running():
+            return super().predict_on_batch(*args, **kwargs)
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Call `merge_dcft(model)` or `remove_dcft(model)` first: model '{self.name}' is "
+            "adapted with DCFT and cannot have LoRA as well."
         )
-        return adapt(model, config["dcft"])
 
-    def get_build_config(self):
-        # The wrapped serialisation has it, and is built by the time that it is adapted.
-        return None
+    def __repr__(self):
+        config = self.dcft_config
+        sizes = ", ".join(map(str, sorted(set(config["layers"].values()))))
+        return (
+            f"<{type(self).__name__} name={self.name}, built={self.built}, {len(config['layers'])} "
+            f"DCFT layers of rank {config['rank']}, kernel size {sizes}>"
+        )
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class DCFTModel(WrappedModel, keras.Model):
-    """What an adapted model that is not KerasHub's is saved as; loading gives a made class."""
+class DCFTModel(AdaptedModel, keras.Model):
+    """What all made classes but KerasHub's are saved as; loading gives the made class."""
 
 
-_made_classes = {}
+# What hub.py knows: by KerasHub's classes the mixin and attributes of the made one, and the bases
+# of which a user's own class is kept, since its config holds the adapted backbone in any case.
+special_classes = {}
+keep_their_class = []
 
 
-def adapted_class(cls):
-    """The class that an adapted model of this class gets, made on first use.
-
-    A task of a user's own class keeps it: its config holds the adapted backbone in any case.
-    """
-    if cls not in _made_classes and keras_hub and issubclass(cls, keras_hub.models.Task):
-        return cls
-    if cls not in _made_classes:
-        made = _make_class(cls, WrappedModel)
-        # All are saved under the one name that a new process knows, and any of them can load it.
-        keras.saving.register_keras_serializable(PACKAGE, DCFTModel.__name__)(made)
-        _made_classes[cls] = made
-    return _made_classes[cls]
-
-
-def _make_class(cls, mixin, **attributes):
-    attributes = {"base_class": cls, "__module__": __name__, "__doc__": cls.__doc__, **attributes}
-    return type(f"DCFT{cls.__name__}", (mixin, cls), attributes)
-
-
-def _make_keras_hub_classes():
-    for cls in _subclasses(keras_hub.models.Backbone):
-        _made_classes[cls] = _make_class(cls, AdaptedBackbone)
-    for cls in _subclasses(keras_hub.models.Task):
-        backbone_class = _made_classes.get(cls.backbone_cls)
-        if backbone_class is not None:
-            _made_classes[cls] = _make_class(cls, AdaptedTask, backbone_cls=backbone_class)
-    for made in _made_classes.values():
-        keras.saving.register_keras_serializable(PACKAGE)(made)
-
-
-def _subclasses(cls):
-    found = {}
-    for subclass in cls.__subclasses__():
-        if subclass.__module__.split(".")[0] == "keras_hub":
-            found[subclass] = None
-            found.update(_subclasses(subclass))
-    return found
-
-
-# Imported here although nothing needs it yet: its classes must be known when a file is loaded.
-keras_hub = None
-if importlib.util.find_spec("keras_hub"):
-    import keras_hub
-
-    _make_keras_hub_classes()
-
-
-def is_task(model) -> bool:
-    """Whether a model is a KerasHub task with a backbone of its own."""
-    return (
-        keras_hub is not None
-        and isinstance(model, keras_hub.models.Task)
-        and model.backbone is not None
-    )
-
-
-def task_backbone(model):
-    """What of a model is adapted: a task's backbone, of any other model all of it."""
-    return model.backbone if is_task(model) else model
-
-
-def adapt(model, config: dict, part=None, factor_initializer=None, filter_initializer=None):
-    """Adapts a built model as a `dcft_config` says, in place; on failure it is as it was.
+@functools.cache
+def carrying_class(cls, *mixins, is_root=False):
+    """The class of a touched object, or of a model that holds some.
 
     Args:
-        model: a built model.
-        config: a `dcft_config`.
-        part: the model below `model`, or itself, that the configuration is about; if None, a
-            task's backbone or any other model itself.
-        factor_initializer, filter_initializer: as for `enable_dcft`.
-
-    Returns:
-        The model.
+        cls: the object's own class.
+        *mixins: `freezing.Frozen`, `AwaitsBuilding`, or a DCFT class, if they apply.
+        is_root: whether it is a model that was adapted as a whole, whose class has another name.
     """
-    part = task_backbone(model) if part is None else part
-    _check_paths(part, config)
-    try:
-        _adapt_part(part, config, factor_initializer, filter_initializer)
-        holders = keras_internals.models_holding(list(part._dcft_adaptation.layers.values()))
-        for holder in holders:
-            if is_task(holder) and holder.backbone is part:
-                holder.__class__ = adapted_class(type(holder))
-                keras_internals.wrap_quantize(holder, check_quantization)
-        if is_task(model) and part is model.backbone:
-            _train_head(model)
-    except BaseException:  # an interrupt from the keyboard as well
-        release(part)
-        raise
+    mixin = AdaptedModel if issubclass(cls, keras.Model) else Touched
+    mixin, attributes = special_classes.get(cls, (mixin, {}))
+    is_root = is_root or getattr(mixin, "dcft_is_always_root", False)
+    is_dcft = any(issubclass(mixin, DCFTLayer) for mixin in mixins)
+    if is_dcft:
+        mixins = (Carried, *mixins)
+    elif AwaitsBuilding not in mixins:
+        mixins = (*mixins, mixin)
+    name = f"DCFT{cls.__name__}" if is_root or is_dcft else None
+    made = made_class(cls, *mixins, name=name, **attributes)
+    # All are saved under the one name that a new process knows, and any of them can load it.
+    saved_as = f"DCFT{cls.__name__}" if cls in special_classes else DCFTModel.__name__
+    keras.saving.register_keras_serializable(PACKAGE, saved_as)(made)
+    if cls in special_classes and not is_root:
+        # Of two classes of one name the last is found.
+        root = carrying_class(cls, is_root=True)
+        keras.saving.register_keras_serializable(PACKAGE, saved_as)(root)
+    return made
+
+
+def adapt_when_built(model, config):
+    """Adapts a model or layer from a file, or has it adapted when a call has built it."""
+    layers = {"": model, **walk(model)}
+    if model.built and all(layers[path].built for path in config["layers"] if path in layers):
+        adapt(model, config)
+        carry([model])
+    else:
+        model._dcft_awaited = config
+        model.__class__ = carrying_class(type(model), AwaitsBuilding)
     return model
 
 
-def _check_paths(model, config):
-    layers = walk(model)
-    missing = [
-        path for path in [*config["layers"], *config["trainable_layers"]] if path not in layers
-    ]
+def adapt(model, config: dict, factor_initializer=None, filter_initializer=None):
+    """Adapts a built model as a `dcft_config` says, in place; on failure it is as it was.
+
+    What is touched already, such as layers that brought their adapters from a file themselves,
+    stays as it is.
+
+    Args:
+        model: a built model or layer.
+        config: a `dcft_config`.
+        factor_initializer, filter_initializer: as for `enable_dcft`.
+    """
+    layers = {"": model, **walk(model)}
+    _check_paths(model, config, layers)
+    untouched = set(config.get("untouched", ()))
+    touched = {
+        path: layers[path]
+        for path in with_sublayers(config.get("roots", [""]), layers)
+        if path not in untouched and not is_touched(layers[path])
+    }
+    trained = set(with_sublayers(config["trainable_layers"], layers))
+    awake = {id(layers[path]) for path in {*trained, *config["layers"]}}
+    adapted = [path for path in config["layers"] if path in touched]
+    settings = _settings(config, layers, factor_initializer, filter_initializer)
+    try:
+        for path, layer in touched.items():
+            is_root = path in config.get("parts", [""])
+            layer._dcft_before = Before(layer, is_root, path in trained)
+        for path, layer in touched.items():
+            if path not in config["layers"]:
+                _freeze_or_wake(layer, awake)
+        owners = {}
+        for path in adapted:
+            owner = owners.setdefault(id(weight_of(layers[path])), layers[path])
+            _adapt_layer(layers[path], settings[path], owner)
+        for path, flags in config.get("flags", {}).items():
+            if path in touched:
+                freezing.set_flags(layers[path], flags)
+    except BaseException:  # an interrupt from the keyboard as well
+        release(touched.values())
+        raise
+
+
+def _check_paths(model, config, layers):
+    named = [*config["layers"], *config["trainable_layers"], *config.get("roots", ())]
+    missing = [path for path in named if path not in layers]
     if missing:
         raise ValueError(
-            f"The DCFT configuration names layers that model '{model.name}' does not have: "
-            f"{missing}. It has {list(layers)}."
+            "Build the model as it was when it was adapted: the DCFT configuration names layers "
+            f"that it does not have: {missing}. Model '{model.name}' has {list(layers)}."
         )
-    check_adaptable({path: layers[path] for path in config["layers"]}, layers)
+    plain = {path: layers[path] for path in config["layers"] if not is_touched(layers[path])}
+    check_adaptable(plain, layers)
 
 
-def _adapt_part(model, config, factor_initializer, filter_initializer):
-    layers = walk(model)
-    adapted = {path: layers[path] for path in config["layers"]}
-    trained = [layers[p] for p in with_sublayers(config["trainable_layers"], layers)]
-    everything = [model, *layers.values()]
-    trained_ids = {id(layer) for layer in trained}
-    awake = {id(layer) for layer in adapted.values()} | trained_ids
-    adaptation = Adaptation(config, {}, [Trainability.of(layer) for layer in everything])
-    model._dcft_adaptation = adaptation
-    model.__class__ = adapted_class(type(model))
-    keras_internals.wrap_quantize(model, check_quantization)
-    for trainability in adaptation.trainability:
-        layer = trainability.layer
-        if id(layer) in trained_ids:
-            trainability.wake()
-        elif any(id(part) in awake for part in layer._flatten_layers()):
-            keras_internals.freeze_variables(layer)
-            keras_internals.set_trainable_flag(layer, True)
-        else:
-            trainability.freeze()
-    owners = {}
-    weights = {id(weight_of(layer)) for layer in adapted.values()}
-    for path, layer in adapted.items():
-        owner = owners.setdefault(id(weight_of(layer)), layer)
-        adaptation.layers[path] = layer
-        adapt_layer(
-            layer,
-            owner=None if owner is layer else owner,
-            kernel_size=config["layers"][path],
-            rank=config["rank"],
-            alpha=config["alpha"],
-            dropout=config["dropout"],
-            orthogonality=config["orthogonality"] / len(weights),
+def _settings(config, layers, factor_initializer, filter_initializer) -> dict:
+    """The settings of each layer by path; layers that share a weight count once in the penalty."""
+    count = len({id(weight_of(layers[path])) for path in config["layers"]})
+    common = {name: config[name] for name in COMMON}
+    common["orthogonality"] /= count or 1
+    return {
+        path: AdapterSettings(
+            **{**common, "kernel_size": kernel_size, **config.get("adapters", {}).get(path, {})},
             factor_initializer=factor_initializer,
             filter_initializer=filter_initializer,
         )
+        for path, kernel_size in config["layers"].items()
+    }
 
 
-def _train_head(task):
-    """Makes a task whose backbone is adapted train all that lies outside of the backbone."""
-    inside = {id(layer) for layer in task.backbone._flatten_layers()}
-    head = [layer for layer in task._flatten_layers() if id(layer) not in inside]
-    for trainability in map(Trainability.of, head):
-        task.backbone._dcft_adaptation.trainability.append(trainability)
-        trainability.wake()
-    integers = [layer.name for layer in head if holds_integers(layer)]
-    if integers:
-        warnings.warn(
-            f"The quantized weights of {integers}, outside of the backbone, cannot be trained. "
-            "Quantize `task.backbone` instead of the task to have its head trained in full.",
-            stacklevel=4,
-        )
+def _freeze_or_wake(layer, awake):
+    if layer._dcft_before.is_trained:
+        for variable in keras_internals.own_weights(layer):
+            freezing.keep_base(variable)
+        for variable in keras_internals.own_trainable_variables(layer):
+            variable.trainable = True
+    else:
+        freezing.freeze_variables(layer)
+    is_awake = any(id(part) in awake for part in layer._flatten_layers())
+    keras_internals.set_trainable_flag(layer, is_awake)
+    if is_awake or layer.weights or not layer.built:
+        _carry(layer, *(() if is_awake else (freezing.Frozen,)))
 
 
-def reset_compiled_models(layers):
-    """Makes every live model that holds one of these layers forget what it compiled."""
-    for holder in keras_internals.models_holding(layers):
-        keras_internals.reset_compiled_state(holder)
+def _carry(layer, *mixins):
+    """Gives an object its made class, if it has none."""
+    cls = type(layer)
+    if isinstance(layer, (Carried, DCFTLayer)) or (
+        isinstance(layer, tuple(keep_their_class)) and cls not in special_classes
+    ):
+        return
+    layer.__class__ = carrying_class(cls, *mixins, is_root=freezing.is_root(layer))
+    if isinstance(layer, keras.Model):
+        keras_internals.wrap_quantize(layer, check_quantization)
 
 
-def adapted_part(model):
-    """The one adapted model at or below a model, a task's backbone for example.
+def _adapt_layer(layer, settings, owner):
+    cls = dcft_class(type(layer))
+    is_plain = type(layer) is cls.dcft_base_class
+    layer.__class__ = cls if is_plain else carrying_class(type(layer), cls)
+    with keras_internals.unlocked(layer):
+        layer.dcft_adapt(settings, owner=None if owner is layer else owner)
 
-    Raises:
-        ValueError: if there is none, or more than one.
+
+def dcft_layers(model) -> dict:
+    """The adapted layers of a model by path, the model itself included."""
+    layers = {"": model, **walk(model)}
+    return {path: layer for path, layer in layers.items() if isinstance(layer, DCFTLayer)}
+
+
+def config_of(model) -> dict:
+    """The `dcft_config` of a model that holds adapted layers, read off from them."""
+    layers = {"": model, **walk(model)}
+    touched = {path: layer for path, layer in layers.items() if is_touched(layer)}
+    adapters = {p: layer.dcft_adapter for p, layer in touched.items() if hasattr(layer, "dcft_a")}
+    numbers = {path: adapter.settings.numbers() for path, adapter in adapters.items()}
+    sizes = {path: of_layer.pop("kernel_size") for path, of_layer in numbers.items()}
+    common = dict(next(iter(numbers.values()), AdapterSettings().numbers()))
+    config = {
+        **{name: common[name] for name in COMMON},
+        "layers": sizes,
+        "trainable_layers": [p for p, layer in touched.items() if _is_trained(layer)],
+    }
+    # The paper's γ is divided by the number of adapters, and does not come back to the last digit.
+    count = len({id(adapter) for adapter in adapters.values()})
+    config["orthogonality"] = float(f"{common['orthogonality'] * count:.12g}")
+    if any(of_layer != common for of_layer in numbers.values()):
+        config["adapters"] = numbers
+    roots = []
+    for path in touched:
+        if not any(path.startswith(f"{root}/") or not root for root in roots):
+            roots.append(path)
+    below = with_sublayers(roots, layers)
+    untouched = [path for path in below if path not in touched and layers[path].weights]
+    flags = {path: freezing.special_flags(layer) for path, layer in touched.items()}
+    special = {
+        "roots": roots if roots != [""] else None,
+        "untouched": untouched,
+        "flags": {path: of_layer for path, of_layer in flags.items() if of_layer},
+    }
+    parts = [path for path, layer in layers.items() if freezing.is_root(layer)]
+    if parts != [""]:
+        config["parts"] = parts
+    return {**config, **{name: value for name, value in special.items() if value}}
+
+
+def _is_trained(layer):
+    return layer._dcft_before.is_trained
+
+
+def carry(models):
+    """Gives every model that holds adapted layers, and all between, the class to carry them."""
+    for model in models:
+        for layer in [model, *walk(model).values()]:
+            if any(isinstance(below, DCFTLayer) for below in layer._flatten_layers()):
+                _carry(layer)
+
+
+def release(layers, put_back=False):
+    """Gives layers and models their classes, variables and flags back.
+
+    Args:
+        layers: iterable of layers, touched or not.
+        put_back: bool, whether what was trained in full gets its base values.
     """
-    parts = [part for part in model._flatten_layers() if isinstance(part, AdaptedModel)]
-    if len(parts) != 1:
-        raise ValueError(
-            "`model` must be adapted with `enable_dcft`, or hold one model that is. Received: "
-            f"model '{model.name}' of type {type(model).__name__} with {len(parts)} adapted models."
-        )
-    return parts[0]
+    for layer in layers:
+        if put_back:
+            for variable in keras_internals.own_weights(layer):
+                if freezing.base_value(variable) is not None:
+                    variable.assign(freezing.base_value(variable))
+        if isinstance(layer, DCFTLayer):
+            layer.dcft_release()
+        if isinstance(layer, (Carried, DCFTLayer)):
+            keras_internals.unwrap_quantize(layer)
+            layer.__class__ = layer.dcft_base_class
+        if is_touched(layer):
+            vars(layer).pop("_dcft_before").restore(layer)
 
 
-def release(model):
-    """Undoes `adapt` for every adapted model at or below a model; weights stay as they are.
+def release_all(model, holders, put_back=False):
+    """Releases all below a model, and what else held nothing adapted but that.
 
-    Returns:
-        The layers that were adapted.
+    Args:
+        model: a model that holds adapted layers.
+        holders: every model that holds one of them.
+        put_back: bool, as for `release`.
     """
-    released = []
-    for part in model._flatten_layers():
-        if isinstance(part, AdaptedModel):
-            adaptation = part._dcft_adaptation
-            released += adaptation.layers.values()
-            undo(adaptation)
-            del part._dcft_adaptation
-            part.__class__ = part.base_class
-            keras_internals.unwrap_quantize(part)
-    for holder in keras_internals.models_holding(released):
-        if isinstance(holder, AdaptedTask):
-            holder.__class__ = holder.base_class
-        keras_internals.unwrap_quantize(holder)
-    return released
+    release([model, *walk(model).values()], put_back)
+    for holder in holders:
+        if not dcft_layers(holder):
+            release([holder, *walk(holder).values()], put_back)
 
 
-def undo(adaptation: Adaptation):
-    """Gives every layer back its class, its variables and its trainability."""
-    for layer in adaptation.layers.values():
-        release_layer(layer)
-    for trainability in adaptation.trainability:
-        trainability.restore()
-
-
-@contextlib.contextmanager
-def base_configuration(model):
-    """Inside it the model and its layers have the classes and flags of before adapting.
-
-    For reading the configuration that the model had then; weights stay as they are.
-    """
-    adaptation = model._dcft_adaptation
-    changed = [model, *(t.layer for t in adaptation.trainability)]
-    made = (DCFTLayer, FrozenState, AdaptedModel)
-    classes = [(instance, type(instance)) for instance in changed if isinstance(instance, made)]
-    flags = [(t.layer, t.layer.trainable) for t in adaptation.trainability]
-    for instance, cls in classes:
-        instance.__class__ = cls.base_class
-    for trainability in adaptation.trainability:
-        keras_internals.set_trainable_flag(trainability.layer, trainability.flag)
-    try:
-        yield
-    finally:
-        for instance, cls in classes:
-            instance.__class__ = cls
-        for layer, flag in flags:
-            keras_internals.set_trainable_flag(layer, flag)
+def trained_in_full(model) -> list:
+    """The variables below a model that are trained in full and keep the values of the base."""
+    own = (v for layer in model._flatten_layers() for v in keras_internals.own_weights(layer))
+    return [variable for variable in own if freezing.base_value(variable) is not None]

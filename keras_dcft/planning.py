@@ -13,7 +13,9 @@ import warnings
 import keras
 
 from keras_dcft import keras_internals
-from keras_dcft.conversion import (
+from keras_dcft.einsum import einsum_axes
+from keras_dcft.layers.base import DCFTLayer, holds_integers
+from keras_dcft.reclassing import (
     DCFT_CLASSES,
     DENSE_CLASSES,
     dcft_class,
@@ -21,7 +23,7 @@ from keras_dcft.conversion import (
     overridden,
     weight_of,
 )
-from keras_dcft.layers import DCFTLayer, check_settings, einsum_axes, holds_integers
+from keras_dcft.settings import AdapterSettings
 
 
 def walk(model) -> dict:
@@ -60,7 +62,7 @@ def _is_keras_hub(layer) -> bool:
 
 
 def _chosen_name(layer, prefixes):
-    for cls in (type(layer), getattr(layer, "base_class", type(layer))):
+    for cls in (type(layer), getattr(layer, "dcft_base_class", type(layer))):
         automatic = keras_internals.automatic_name(cls)
         if re.fullmatch(rf"{automatic}(_\d+)?", layer.name):
             return automatic
@@ -78,11 +80,6 @@ def _names_of_backbones() -> list:
         if any(base.__module__ == "keras_hub.src.models.backbone" for base in cls.__mro__)
     }
     return sorted(names, key=len, reverse=True)
-
-
-def dcft_layers(model) -> list:
-    """The DCFT layers of a model, each once."""
-    return [layer for layer in walk(model).values() if isinstance(layer, DCFTLayer)]
 
 
 def plan_adaptation(
@@ -107,7 +104,7 @@ def plan_adaptation(
     if not sizes:
         raise ValueError("`kernel_size` must name at least one pattern. Received: kernel_size={}")
     for size in sizes.values():
-        check_settings(size, rank, alpha, dropout, orthogonality)
+        AdapterSettings(size, rank, alpha, dropout, orthogonality)
     check_built(model)
     layers = walk(model)
     adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
@@ -236,7 +233,7 @@ def select(argument: str, selector, layers: dict) -> list:
 
 def with_sublayers(paths: list, layers: dict) -> list:
     """The given paths and those of everything below them, in the order of the walk."""
-    roots = tuple(f"{path}/" for path in paths)
+    roots = tuple(f"{path}/" if path else "" for path in paths)
     chosen = set(paths)
     return [path for path in layers if path in chosen or path.startswith(roots)]
 

@@ -6,10 +6,9 @@ import keras
 from rich.console import Console
 from rich.table import Table
 
-from keras_dcft.increments import parameter_count
-from keras_dcft.layers import ADAPTER_VARIABLES
-from keras_dcft.models import AdaptedModel
-from keras_dcft.planning import checked_model, dcft_layers, walk
+from keras_dcft.hub import task_backbone
+from keras_dcft.models import dcft_layers
+from keras_dcft.planning import checked_model
 
 
 def dcft_summary(model: keras.Model, print_fn=None):
@@ -31,36 +30,35 @@ def dcft_summary(model: keras.Model, print_fn=None):
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
         >>> dcft_summary(enable_dcft(model), print_fn=lambda text: None)
     """
-    layers = dcft_layers(checked_model(model))
+    layers = dcft_layers(task_backbone(checked_model(model))) or dcft_layers(model)
     if not layers:
         raise ValueError(
-            "`model` must have DCFT layers; call `enable_dcft(model)` first. Received: model "
+            "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
             f"'{model.name}' with none."
         )
-    parts = [part for part in model._flatten_layers() if isinstance(part, AdaptedModel)]
-    paths = {id(layer): path for path, layer in walk(parts[0] if parts else model).items()}
+    shared = {id(layer.dcft_adapter): layer.dcft_adapter for layer in layers.values()}
     table = Table(title=f'DCFT layers of "{model.name}"', title_justify="left", show_footer=True)
-    adapters = sum(_count(layer) for layer in layers if not layer.shares_adapter)
+    adapters = sum(adapter.parameter_count for adapter in shared.values())
     table.add_column("Layer", footer=f"{len(layers)} layers", overflow="fold")
     table.add_column("Kernel", justify="right")
     table.add_column("Kernel size", justify="right")
     table.add_column("Rank", justify="right")
     table.add_column("Trainable", justify="right", footer=f"{adapters:,}")
     table.add_column("Share", justify="right")
-    for layer in layers:
-        kernel = math.prod(layer.matrix_shape)
+    for path, layer in layers.items():
+        adapter = layer.dcft_adapter
         table.add_row(
-            paths.get(id(layer), layer.name),
-            " x ".join(map(str, layer.weight_shape_of(layer))),
-            str(layer.kernel_size),
-            str(layer.rank),
-            f"{_count(layer):,}",
-            f"{100 * _count(layer) / kernel:.3f} %",
+            path,
+            " x ".join(map(str, layer.dcft_weight_shape_of(layer))),
+            str(adapter.settings.kernel_size),
+            str(adapter.settings.rank),
+            f"{adapter.parameter_count:,}",
+            f"{100 * adapter.parameter_count / math.prod(adapter.matrix_shape):.3f} %",
         )
-    lora = sum(sum(layer.matrix_shape) for layer in layers if not layer.shares_adapter)
+    lora = sum(sum(adapter.matrix_shape) for adapter in shared.values())
     total = model.count_params()
     trained = sum(math.prod(v.shape) for v in model.trainable_variables)
-    adapter_ids = {id(getattr(layer, name)) for layer in layers for name in ADAPTER_VARIABLES}
+    adapter_ids = {id(v) for a in shared.values() for v in a.variables.values()}
     other = sum(math.prod(v.shape) for v in model.trainable_variables if id(v) not in adapter_ids)
     lines = (
         f"Adapters: {adapters:,} trainable numbers, {100 * adapters / (total - adapters):.3f} % of "
@@ -78,7 +76,3 @@ def dcft_summary(model: keras.Model, print_fn=None):
     with console.capture() as capture:
         console.print(table, lines)
     (print_fn or print)(capture.get().rstrip("\n"))
-
-
-def _count(layer) -> int:
-    return parameter_count(*layer.matrix_shape, layer.kernel_size, layer.rank)

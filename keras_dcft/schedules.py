@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_dcft.layers import check_number, check_positive_int
+from keras_dcft.settings import checked_number, checked_positive_int
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -31,14 +31,14 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, peak_learning_rate: float, steps: int, warmup_share: float = 0.1):
-        check_number("peak_learning_rate", peak_learning_rate)
+        checked_number("peak_learning_rate", peak_learning_rate)
         if not (math.isfinite(peak_learning_rate) and peak_learning_rate > 0):
             raise ValueError(
                 "`peak_learning_rate` must be positive and finite. "
                 f"Received: peak_learning_rate={peak_learning_rate}"
             )
-        check_positive_int("steps", steps)
-        check_number("warmup_share", warmup_share)
+        checked_positive_int("steps", steps)
+        checked_number("warmup_share", warmup_share)
         if not 0 < warmup_share < 1:
             raise ValueError(
                 f"`warmup_share` must be between 0 and 1. Received: warmup_share={warmup_share}"

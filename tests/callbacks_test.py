@@ -4,7 +4,7 @@ import pytest
 from tools import predict, sequential, vectors
 
 from keras_dcft import DCFTCheckpoint, enable_dcft, load_dcft_weights, save_dcft_weights
-from keras_dcft.adapters import read_notes
+from keras_dcft.files import read_notes
 
 
 class Logged(DCFTCheckpoint):
@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read_are_passed_over(tmp_path, monkeypatch):
     options = {"monitor": "val_accuracy", "save_best_only": True}
     model = fit(Logged(path, values=[0.8], **options), epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr("keras_dcft.adapters.FORMAT_VERSION", 2)
+        patch.setattr("keras_dcft.files.FORMAT_VERSION", 3)
         save_dcft_weights(model, tmp_path / "7.dcft.safetensors")
     (tmp_path / "8.dcft.safetensors").write_bytes(b"no adapter")
     (tmp_path / "9.dcft.safetensors").mkdir()
@@ -175,5 +175,5 @@ def test_folders_may_have_fields_and_a_plain_model_is_refused_at_once(tmp_path):
     path = tmp_path / "run-{epoch}" / "a.dcft.safetensors"
     fit(DCFTCheckpoint(path))
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["run-1", "run-2", "run-3"]
-    with pytest.raises(ValueError, match="must be adapted with `enable_dcft`"):
+    with pytest.raises(ValueError, match="Call `enable_dcft"):
         fit(DCFTCheckpoint(path), model=sequential())

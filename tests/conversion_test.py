@@ -15,7 +15,7 @@ from keras_dcft import (
     remove_dcft,
     save_dcft_weights,
 )
-from keras_dcft.conversion import dcft_class
+from keras_dcft.reclassing import dcft_class
 
 
 @keras.saving.register_keras_serializable("keras_dcft_tests")

@@ -18,7 +18,7 @@ from keras_dcft import (
     remove_dcft,
     save_dcft_weights,
 )
-from keras_dcft.layers import ADAPTER_VARIABLES
+from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.planning import walk
 
 IDS = np.array([[0, 3, 18], [22, 7, 7]])
@@ -36,7 +36,7 @@ def built(cls, vocabulary=23, dim=10, kernel_size=4, seed=0, rank=2, **arguments
 
 def increment(layer):
     product = array(layer.dcft_a) @ array(layer.dcft_b)
-    full = np.kron(product, array(layer.dcft_filter)) * layer.scale
+    full = np.kron(product, array(layer.dcft_filter)) * layer.dcft_settings.scale
     return full[: layer.input_dim, : layer.output_dim]
 
 
@@ -72,10 +72,12 @@ def assert_equals_reference(layer, ids, width, seed):
     outputs, gradients = outputs_and_gradients(layer, inputs, cotangent, ADAPTER_VARIABLES)
     adapter = values(getattr(layer, name) for name in ADAPTER_VARIABLES)
     table = array(layer._embeddings)
-    expected = reference(table, adapter, layer.scale, ids, cotangent)
+    expected = reference(table, adapter, layer.dcft_settings.scale, ids, cotangent)
     # A sum whose terms cancel is only as exact as its terms are large, see tests/layers_test.py.
     adapter = [np.abs(x) for x in adapter]
-    magnitudes = reference(np.abs(table), adapter, layer.scale, ids, np.abs(cotangent))
+    magnitudes = reference(
+        np.abs(table), adapter, layer.dcft_settings.scale, ids, np.abs(cotangent)
+    )
     for actual, wanted, magnitude in zip(
         [array(layer.embeddings), outputs, *gradients], expected, magnitudes
     ):
@@ -125,7 +127,7 @@ def test_the_search_for_such_tensors_finds_them(monkeypatch):
 @pytest.mark.parametrize("cls", [DCFTEmbedding, DCFTReversibleEmbedding])
 def test_layers_start_as_their_base_and_freeze_it(cls):
     layer = cls(23, 10, kernel_size=4, mask_zero=True)
-    base = cls.base_class(23, 10, mask_zero=True)
+    base = cls.dcft_base_class(23, 10, mask_zero=True)
     base.build()
     layer.build()
     layer._embeddings.assign(base._embeddings)

@@ -9,8 +9,8 @@ import pytest
 from golden.write import ADAPTERS, MODELS, predict, task
 
 from keras_dcft import load_dcft_weights, remove_dcft
-from keras_dcft.adapters import read_notes
-from keras_dcft.planning import dcft_layers
+from keras_dcft.files import read_notes
+from keras_dcft.models import dcft_layers
 
 V1 = Path(__file__).parent / "golden" / "v1"
 

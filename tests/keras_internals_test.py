@@ -76,9 +76,8 @@ def test_frozen_variables_are_saved_and_loaded_as_before():
 def test_removed_variables_are_gone():
     layer = built(keras.layers.Dense(4))
     bias = layer.bias
-    keras_internals.remove_variable(layer, "bias")
+    keras_internals.untrack_variable(layer, bias)
     assert [v.name for v in layer.weights] == ["kernel"]
-    assert not hasattr(layer, "bias")
     if keras.backend.backend() == "torch":
         assert bias.path not in layer.torch_params
 
@@ -86,7 +85,7 @@ def test_removed_variables_are_gone():
 def test_removed_seed_generators_are_gone():
     layer = keras.layers.Dropout(0.5)
     assert len(layer.variables) == 1
-    keras_internals.remove_seed_generator(layer, "seed_generator")
+    keras_internals.untrack_seed(layer, layer.seed_generator)
     assert layer.variables == []
 
 
@@ -130,12 +129,11 @@ def test_a_view_has_the_state_but_for_what_is_left_out():
     layer = built(keras.layers.BatchNormalization())
     trainable, frozen = layer.trainable_variables, layer.non_trainable_variables
     view = keras_internals.view_as(
-        layer, keras.layers.BatchNormalization, {"beta": layer.beta, "moving_mean": frozen[0]}
+        layer, keras.layers.BatchNormalization, without=[layer.beta, frozen[0]]
     )
     assert type(view) is keras.layers.BatchNormalization
     assert [v.name for v in view.weights] == ["gamma", "moving_variance"]
     assert view.gamma is layer.gamma
-    assert not hasattr(view, "beta")
     view.epsilon, view.mark = 0.5, "set on the view"
     assert layer.epsilon == 0.001
     assert not hasattr(layer, "mark")

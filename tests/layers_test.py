@@ -8,8 +8,9 @@ from keras import ops
 from tools import array, outputs_and_gradients, values
 
 from keras_dcft import DCFTDense, DCFTEinsumDense
+from keras_dcft.adapter import ADAPTER_VARIABLES
+from keras_dcft.einsum import einsum_axes
 from keras_dcft.increments import parameter_count
-from keras_dcft.layers import ADAPTER_VARIABLES, einsum_axes
 
 BACKEND = keras.backend.backend()
 
@@ -66,7 +67,14 @@ def assert_equals_reference(layer, equation, inputs, output_shape, seed):
         variable.assign(rng.normal(size=variable.shape))
     cotangent = rng.normal(size=output_shape).astype("float32")
     outputs, gradients = outputs_and_gradients(layer, inputs, cotangent, ADAPTER_VARIABLES)
-    arguments = [array(layer._kernel), values(adapter), layer.scale, equation, inputs, cotangent]
+    arguments = [
+        array(layer._kernel),
+        values(adapter),
+        layer.dcft_settings.scale,
+        equation,
+        inputs,
+        cotangent,
+    ]
     expected = reference(*arguments)
     # A sum whose terms cancel is only as exact as its terms are large: the same computation on
     # absolute values tells how large.
@@ -137,7 +145,7 @@ def assert_equation_equals_reference(equation, rank, data):
     layer = DCFTEinsumDense(equation, tuple(given_shape), **arguments)
     x = np.random.default_rng(seed).normal(size=[size[c] for c in inputs]).astype("float32")
     layer.build(x.shape)
-    assert layer.matrix_shape == (rows, columns)
+    assert layer.dcft_adapter.matrix_shape == (rows, columns)
     assert_equals_reference(layer, plain, x, [size[c] for c in outputs], seed)
 
 
@@ -345,10 +353,10 @@ LAYOUT = {
 def assert_forms_no_full_matrix(layer, inputs, **arguments):
     """Asserts that all in a training step is smaller than the frozen weight, but for itself."""
     shapes = training_shapes(layer, inputs, **arguments)
-    assert any(shape[-1:] == layer.matrix_shape[-1:] for shape in shapes)
+    assert any(shape[-1:] == layer.dcft_adapter.matrix_shape[-1:] for shape in shapes)
     for shape in shapes:
         sizes = [size or len(inputs) for size in shape]
-        assert np.prod(sizes, dtype=int) < np.prod(layer.matrix_shape), shape
+        assert np.prod(sizes, dtype=int) < np.prod(layer.dcft_adapter.matrix_shape), shape
 
 
 def training_shapes(layer, inputs, **arguments):
@@ -451,7 +459,7 @@ def layer_and_inputs(request):
     make, shape = LAYERS[request.param]
     layer = make()
     layer.build(shape)
-    assert layer.matrix_shape == (56, 72)
+    assert layer.dcft_adapter.matrix_shape == (56, 72)
     return layer, np.ones(shape, "float32")
 
 
@@ -461,7 +469,7 @@ def test_training_step_forms_no_tensor_of_the_kernels_size(layer_and_inputs):
 
 def test_the_search_for_such_tensors_finds_them(layer_and_inputs, monkeypatch):
     layer, inputs = layer_and_inputs
-    monkeypatch.setattr(type(layer), "call", lambda self, x: self._product(x, self.kernel))
+    monkeypatch.setattr(type(layer), "call", lambda self, x: self._dcft_product(x, self.kernel))
     with pytest.raises(AssertionError, match="56, 72"):
         assert_forms_no_full_matrix(layer, inputs)
 

@@ -49,7 +49,7 @@ def test_no_private_hook_of_keras_is_overridden():
         ours = [base for base in cls.__mro__ if base.__module__.startswith("keras_dcft")]
         names = {name for base in ours for name in vars(base) if re.match("_[^_]", name)}
         assert len(names) > 4
-        assert [name for name in names if hasattr(cls.base_class, name)] == []
+        assert [name for name in names if hasattr(cls.dcft_base_class, name)] == []
 
 
 def test_imports_without_keras_hub(run_python):

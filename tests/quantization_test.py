@@ -19,7 +19,7 @@ from tools import (
 )
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, remove_dcft, save_dcft_weights
-from keras_dcft.planning import dcft_layers
+from keras_dcft.models import dcft_layers
 
 
 def modes(layer, *names) -> list:
@@ -64,7 +64,7 @@ def test_a_quantized_base_is_adapted_trained_and_saved(mode, first, tmp_path):
         enable_dcft(model, kernel_size=4, dropout=0.1)
         model.quantize(mode)
         base = predict(model, vectors())
-    layers = dcft_layers(model)
+    layers = list(dcft_layers(model).values())
     assert [layer.quantization_mode for layer in layers] == [mode] * 3
     np.testing.assert_allclose(predict(model, vectors()), base, atol=1e-6)
     before = values(frozen(model))
@@ -77,7 +77,7 @@ def test_a_quantized_base_is_adapted_trained_and_saved(mode, first, tmp_path):
 
     model.save(tmp_path / "m.keras")
     restored = keras.saving.load_model(tmp_path / "m.keras")
-    assert [layer.quantization_mode for layer in dcft_layers(restored)] == [mode] * 3
+    assert [layer.quantization_mode for layer in dcft_layers(restored).values()] == [mode] * 3
     np.testing.assert_array_equal(predict(restored, vectors()), expected)
     path = tmp_path / "a.dcft.safetensors"
     save_dcft_weights(model, path)
@@ -90,7 +90,7 @@ def test_a_quantized_base_is_adapted_trained_and_saved(mode, first, tmp_path):
 def test_quantizing_an_adapted_model_frees_the_floating_point_kernels():
     model = dense_model()
     enable_dcft(model, kernel_size=4)
-    kernels = [weakref.ref(layer._kernel) for layer in dcft_layers(model)]
+    kernels = [weakref.ref(layer._kernel) for layer in dcft_layers(model).values()]
     model.quantize("int8")
     gc.collect()
     assert [kernel() for kernel in kernels] == [None] * 3
@@ -169,7 +169,7 @@ def test_calibrating_an_adapted_model_is_refused(mode):
     for target in (model, model.layers[0]):
         with pytest.raises(ValueError, match="Quantize the model first"):
             target.quantize(mode, config=config)
-    assert [layer.quantization_mode for layer in dcft_layers(model)] == [None] * 3
+    assert [layer.quantization_mode for layer in dcft_layers(model).values()] == [None] * 3
 
 
 @pytest.mark.parametrize("mode", ["gptq", "awq"])
@@ -225,7 +225,7 @@ def test_a_quantized_task_with_its_embeddings(tmp_path):
     losses = task_losses(task, steps=3)
     assert np.all(np.isfinite(losses))
     expected = predict(task, TEXTS)
-    kernel = next(x for x in dcft_layers(task) if "query" in x.name)._kernel
+    kernel = next(x for x in dcft_layers(task).values() if "query" in x.name)._kernel
     assert kernel.dtype == "int8"
     task.save(tmp_path / "m.keras")
     restored = keras.saving.load_model(tmp_path / "m.keras")

@@ -18,7 +18,7 @@ from tools import (
 )
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, remove_dcft, save_dcft_weights
-from keras_dcft.planning import dcft_layers
+from keras_dcft.models import dcft_layers
 
 pytestmark = pytest.mark.compiled
 
@@ -182,7 +182,7 @@ def test_policies_by_layer(tmp_path):
     model = type(plain).from_config({**config, "dtype": policies, "name": "low"})
     enable_dcft(model, kernel_size=4)
     randomize_adapters(model)
-    low = [layer for layer in dcft_layers(model) if layer.compute_dtype == "bfloat16"]
+    low = [layer for layer in dcft_layers(model).values() if layer.compute_dtype == "bfloat16"]
     assert len(low) == 1
     model.compile(keras.optimizers.Adam(0.01), "mse")
     outputs = {name: np.ones(x.shape) for name, x in model(backbone_inputs()).items()}
@@ -190,7 +190,7 @@ def test_policies_by_layer(tmp_path):
     expected = predict(model, backbone_inputs())
     model.save(tmp_path / "m.keras")
     restored = keras.saving.load_model(tmp_path / "m.keras")
-    assert [x.compute_dtype for x in dcft_layers(restored)] == [
-        x.compute_dtype for x in dcft_layers(model)
+    assert [x.compute_dtype for x in dcft_layers(restored).values()] == [
+        x.compute_dtype for x in dcft_layers(model).values()
     ]
     np.testing.assert_array_equal(predict(restored, backbone_inputs()), expected)

@@ -6,8 +6,8 @@ import pytest
 from tools import array, values
 
 from keras_dcft import enable_dcft
+from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.keras_internals import own_weights
-from keras_dcft.layers import ADAPTER_VARIABLES
 
 LAYERS = {
     "dense": lambda: keras.layers.Dense(6, activation="relu"),
@@ -77,7 +77,7 @@ def test_what_is_written_is_no_copy(plain_and_adapted):
     own = {id(variable) for variable in own_weights(adapted)}
     found = {id(value) for value in stored(adapted).values()}
     assert found == own
-    assert id(adapted.frozen_weight) in found
+    assert id(adapted.dcft_frozen_weight()) in found
 
 
 def test_what_is_written_is_read_by_the_base_layer_and_by_an_adapted_one(plain_and_adapted):

@@ -11,9 +11,10 @@ from tools import array, randomize_adapters, values
 
 import backbones
 from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
-from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
-from keras_dcft.layers import ADAPTER_VARIABLES
+from keras_dcft.adapter import ADAPTER_VARIABLES
+from keras_dcft.models import dcft_layers
 from keras_dcft.planning import walk
+from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
 
 # Layers of these tiny backbones to which no gradient comes.
 WITHOUT_GRADIENT = {
@@ -165,7 +166,7 @@ def _train(name, model, inputs) -> dict:
     randomize_adapters(model, scale=0.15)  # no gradient passes a filter of zeros to A and B
     adapters = {
         (path, variable): getattr(layer, variable)
-        for path, layer in model._dcft_adaptation.layers.items()
+        for path, layer in dcft_layers(model).items()
         for variable in ADAPTER_VARIABLES
     }
     adapted = {id(v) for v in adapters.values()}

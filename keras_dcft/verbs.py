@@ -1,14 +1,17 @@
 """The verbs: what a user does to a model."""
 
 import contextlib
+import warnings
 
 import keras
+import numpy as np
 
-from keras_dcft import keras_internals
-from keras_dcft.conversion import release_built
-from keras_dcft.layers import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, DCFTLayer, holds_integers
-from keras_dcft.models import AdaptedModel, adapt, release, reset_compiled_models, task_backbone
-from keras_dcft.planning import checked_model, dcft_layers, plan_adaptation
+from keras_dcft import freezing, keras_internals, selection
+from keras_dcft.hub import head_config, is_task, task_backbone
+from keras_dcft.layers.base import holds_integers
+from keras_dcft.models import adapt, carry, dcft_layers, release, release_all, trained_in_full
+from keras_dcft.planning import checked_model, plan_adaptation, walk
+from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 
@@ -86,8 +89,7 @@ def enable_dcft(
         >>> [tuple(v.shape) for v in model.trainable_variables]
         [(4, 1), (1, 8), (8, 8)]
     """
-    checked_model(model)
-    part = task_backbone(model)
+    part = task_backbone(checked_model(model))
     config = plan_adaptation(
         part,
         kernel_size,
@@ -99,9 +101,44 @@ def enable_dcft(
         exclude_layers,
         trainable_layers,
     )
-    adapt(model, config, part, factor_initializer, filter_initializer)
-    reset_compiled_models(dcft_layers(model))
+    adapt_and_reset(model, part, config, factor_initializer, filter_initializer)
     return model
+
+
+def adapt_and_reset(model, part, config, *initializers):
+    """Adapts a part of a model and has every model that holds it carry it and compile anew."""
+    with selection.calls.changing(), keras_internals.strategy_scope(part):
+        try:
+            adapt(part, config, *initializers)
+            if is_task(model) and part is model.backbone:
+                adapt(model, head_config(model))
+                _warn_of_integers(model)
+            holders = _holders(model, dcft_layers(part))
+            carry(holders)
+        except BaseException:  # an interrupt from the keyboard as well
+            release([model, *walk(model).values()])
+            raise
+        for holder in holders:
+            keras_internals.reset_compiled_state(holder)
+
+
+def _holders(model, layers):
+    """A model and every other that holds one of these layers."""
+    found = keras_internals.models_holding(layers.values())
+    return [model, *(holder for holder in found if holder is not model)]
+
+
+def _warn_of_integers(task):
+    head = head_config(task)["trainable_layers"]
+    integers = [
+        path for path, layer in walk(task).items() if path in head and holds_integers(layer)
+    ]
+    if integers:
+        warnings.warn(
+            f"The quantized weights of {integers}, outside of the backbone, cannot be trained. "
+            "Quantize `task.backbone` instead of the task to have its head trained in full.",
+            stacklevel=4,
+        )
 
 
 def merge_dcft(model: keras.Model) -> keras.Model:
@@ -132,16 +169,16 @@ def merge_dcft(model: keras.Model) -> keras.Model:
         True
     """
     layers = _own_dcft_layers(model)
-    quantized = [layer.name for layer in layers if holds_integers(layer)]
+    quantized = [path for path, layer in layers.items() if holds_integers(layer)]
     if quantized:
         raise ValueError(
-            "`model` has quantized kernels; base plus increment would be rounded to integers a "
-            "second time. Save the adapter with `save_dcft_weights`, load it into the model before "
-            f"it was quantized, merge there, and quantize that. Received: layers {quantized}."
+            "Save the adapter with `save_dcft_weights`, load it into the model before it was "
+            "quantized, merge there, and quantize that: base plus increment would be rounded to "
+            f"integers a second time. Received: `model` with quantized layers {quantized}."
         )
-    for layer in layers:
-        layer.merge()
-    _release(model, layers)
+    for path, layer in layers.items():
+        layer.dcft_adapter.check_finite(path)
+    _release(model, layers, merge=True)
     return model
 
 
@@ -185,18 +222,19 @@ def dcft_disabled(model: keras.Model):
         >>> with dcft_disabled(enable_dcft(model)):
         ...     outputs = model(keras.ops.ones((1, 32)))
     """
-    layers = dcft_layers(checked_model(model))
+    layers = dcft_layers(checked_model(model)).values()
     if not layers:
         raise ValueError(_nothing_adapted(model))
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.disabled())
+    filters = {id(v): v for v in (layer.dcft_filter for layer in layers if layer.built)}
+    zeros = [(v, np.zeros(v.shape, "float32")) for v in filters.values()]
+    base = [(v, freezing.base_value(v)) for v in trained_in_full(model)]
+    with selection.switched_off(zeros + base):
         yield model
 
 
 def _nothing_adapted(model):
     return (
-        "`model` must have DCFT layers; call `enable_dcft(model)` first. Received: model "
+        "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
         f"'{model.name}' of type {type(model).__name__} with none."
     )
 
@@ -205,24 +243,20 @@ def _own_dcft_layers(model):
     layers = dcft_layers(checked_model(model))
     if not layers:
         raise ValueError(_nothing_adapted(model))
-    unbuilt = [layer.name for layer in layers if not layer.built]
+    unbuilt = [path for path, layer in layers.items() if not layer.built]
     if unbuilt:
-        raise ValueError(f"`model` must be built. Received: layers {unbuilt} not built.")
-    if any(layer.is_disabled for layer in layers):
+        raise ValueError(f"Build `model` first. Received: layers {unbuilt}, not built.")
+    if any(selection.is_off(layer.dcft_filter) for layer in layers.values()):
         raise ValueError("`model` cannot be merged or removed inside `dcft_disabled`.")
-    below = {id(part) for part in model._flatten_layers()}
-    for holder in keras_internals.models_holding(layers):
-        if isinstance(holder, AdaptedModel) and id(holder) not in below:
-            raise ValueError(
-                f"`model` must be the model that was adapted, or hold it. Received: model "
-                f"'{model.name}', a part of the adapted model '{holder.name}'."
-            )
     return layers
 
 
-def _release(model, layers):
-    release(model)
-    for layer in layers:
-        if isinstance(layer, DCFTLayer):  # built as a DCFT layer, so in no adaptation's memory
-            release_built(layer)
-    reset_compiled_models(layers)
+def _release(model, layers, merge=False):
+    with selection.calls.changing(), keras_internals.strategy_scope(model):
+        holders = _holders(model, layers)
+        if merge:
+            for layer in layers.values():
+                layer.dcft_merge()
+        release_all(model, holders, put_back=not merge)
+        for holder in holders:
+            keras_internals.reset_compiled_state(holder)

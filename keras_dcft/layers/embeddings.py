@@ -5,32 +5,30 @@ few rows of the factored form's input side times its output side; the projection
 vocabulary is a product with the transposed table. Neither forms the (vocabulary, dim) increment.
 """
 
+import dataclasses
+
 import keras
 from keras import ops
 
-from keras_dcft import increments, keras_internals
-from keras_dcft.layers import (
-    DEFAULT_ALPHA,
-    DEFAULT_KERNEL_SIZE,
-    DCFTLayer,
-    check_base_arguments,
-)
+from keras_dcft import freezing, keras_internals
+from keras_dcft.layers.base import DCFTLayer, check_base_arguments
+from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
 
 
 class DCFTTable(DCFTLayer):
     """What the two embedding layers share."""
 
-    weight_name = "_embeddings"
+    dcft_weight_name = "_embeddings"
 
     @staticmethod
-    def weight_shape_of(layer, input_shape=None) -> tuple:
+    def dcft_weight_shape_of(layer, input_shape=None) -> tuple:
         return (layer.input_dim, layer.output_dim)
 
-    matrix_shape_of = weight_shape_of
+    dcft_matrix_shape_of = dcft_weight_shape_of
 
-    def configure_dcft(self, **settings):
+    def dcft_adapt(self, settings, owner=None, input_shape=None):
         # A lookup has no input to drop parts of.
-        super().configure_dcft(**{**settings, "dropout": 0.0})
+        super().dcft_adapt(dataclasses.replace(settings, dropout=0.0), owner, input_shape)
 
     def get_config(self):
         config = super().get_config()
@@ -41,33 +39,20 @@ class DCFTTable(DCFTLayer):
         if not self.built:  # Keras's own returns as well when it is called again
             super().build(input_shape)
 
-    def _weight_from_matrix(self, matrix):
+    def _dcft_from_matrix(self, matrix):
         return matrix
 
     @property
     def embeddings(self):
-        """The effective table, see `effective_weight`."""
-        return self.effective_weight()
+        """The effective table, see `dcft_effective_weight`."""
+        return self.dcft_effective_weight()
 
-    def _looked_up(self, inputs):
-        rows = ops.take(self._frozen(self._embeddings), inputs, axis=0)
-        return self._with_increment(ops.cast(rows, self.compute_dtype), inputs)
+    def _dcft_looked_up(self, inputs):
+        rows = ops.take(self._dcft_constant(self._embeddings), inputs, axis=0)
+        return self._dcft_with_increment(ops.cast(rows, self.compute_dtype), inputs)
 
-    def _with_increment(self, rows, inputs):
-        inputs = _integers(inputs)
-        d = self.kernel_size
-        # Row (i, u) of the input side is `scale · A[i, ρ] · K[u, v]`.
-        from_a = ops.take(self.dcft_a, ops.floor_divide(inputs, d), axis=0)
-        from_filter = ops.take(self.dcft_filter, ops.mod(inputs, d), axis=0)
-        product = self.scale * from_a[..., :, None] * from_filter[..., None, :]
-        input_rows = ops.reshape(product, (*ops.shape(inputs), self.rank * d))
-        output_factor = increments.expand_output_factor(
-            ops.convert_to_tensor(self.dcft_b), d, self.output_dim
-        )
-        increment = ops.matmul(
-            ops.cast(input_rows, self.compute_dtype), ops.cast(output_factor, self.compute_dtype)
-        )
-        return ops.add(rows, increment)
+    def _dcft_with_increment(self, rows, inputs):
+        return ops.add(rows, self.dcft_adapter.rows(_integers(inputs), self.compute_dtype))
 
 
 def _integers(inputs):
@@ -107,7 +92,7 @@ class DCFTEmbedding(DCFTTable, keras.layers.Embedding):
         [(13, 1), (1, 2), (8, 8)]
     """
 
-    base_class = keras.layers.Embedding
+    dcft_base_class = keras.layers.Embedding
 
     def __init__(
         self,
@@ -124,23 +109,18 @@ class DCFTEmbedding(DCFTTable, keras.layers.Embedding):
         check_base_arguments(kwargs)
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
-        self.configure_dcft(
-            kernel_size=kernel_size,
-            rank=rank,
-            alpha=alpha,
-            orthogonality=orthogonality,
-            factor_initializer=factor_initializer,
-            filter_initializer=filter_initializer,
+        self.dcft_settings = AdapterSettings(
+            kernel_size, rank, alpha, 0.0, orthogonality, factor_initializer, filter_initializer
         )
         if weights is not None:
             self.build()
             self._embeddings.assign(weights[0] if isinstance(weights, list) else weights)
 
     def call(self, inputs):
-        return self._looked_up(_integers(inputs))
+        return self._dcft_looked_up(_integers(inputs))
 
     def quantized_call(self, inputs):
-        return self._with_increment(super().quantized_call(inputs), inputs)
+        return self._dcft_with_increment(super().quantized_call(inputs), inputs)
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -168,7 +148,7 @@ class DCFTReversibleEmbedding(DCFTTable, keras.layers.ReversibleEmbedding):
         (2, 5, 100)
     """
 
-    base_class = keras.layers.ReversibleEmbedding
+    dcft_base_class = keras.layers.ReversibleEmbedding
 
     def __init__(
         self,
@@ -185,44 +165,39 @@ class DCFTReversibleEmbedding(DCFTTable, keras.layers.ReversibleEmbedding):
     ):
         check_base_arguments(kwargs)
         super().__init__(input_dim, output_dim, tie_weights, **kwargs)
-        self.configure_dcft(
-            kernel_size=kernel_size,
-            rank=rank,
-            alpha=alpha,
-            orthogonality=orthogonality,
-            factor_initializer=factor_initializer,
-            filter_initializer=filter_initializer,
+        self.dcft_settings = AdapterSettings(
+            kernel_size, rank, alpha, 0.0, orthogonality, factor_initializer, filter_initializer
         )
 
     def call(self, inputs, reverse=False):
         if not reverse:
-            outputs = self._looked_up(_integers(inputs))
+            outputs = self._dcft_looked_up(_integers(inputs))
             keras_internals.set_mask(outputs, keras.layers.Embedding.compute_mask(self, inputs))
             return outputs
         table = self._embeddings if self.tie_weights else self.reverse_embeddings
-        kernel = self._frozen(table)
+        kernel = self._dcft_constant(table)
         kernel = ops.transpose(kernel) if self.tie_weights else kernel
         dtype = self.reverse_dtype
         if dtype is not None:
             inputs, kernel = ops.cast(inputs, dtype), ops.cast(kernel, dtype)
-        return self._capped(self._with_reverse_increment(ops.matmul(inputs, kernel), inputs))
+        return self._dcft_capped(self._dcft_reversed(ops.matmul(inputs, kernel), inputs))
 
     def quantized_call(self, inputs, reverse=False):
         if not reverse:
-            return self._with_increment(super().quantized_call(inputs), inputs)
+            return self._dcft_with_increment(super().quantized_call(inputs), inputs)
         # Keras's quantized calls end with the cap, and the increment goes in before it.
-        view = self.plain_view()
+        view = freezing.plain_view(self)
         view.__dict__["logit_soft_cap"] = None
-        logits = self.base_class.quantized_call(view, inputs, reverse=True)
-        return self._capped(self._with_reverse_increment(logits, inputs))
+        logits = self.dcft_base_class.quantized_call(view, inputs, reverse=True)
+        return self._dcft_capped(self._dcft_reversed(logits, inputs))
 
-    def _with_reverse_increment(self, logits, inputs):
+    def _dcft_reversed(self, logits, inputs):
         if not self.tie_weights:
             return logits
-        input_factor, output_factor = self._expanded_factors(logits.dtype)
+        input_factor, output_factor = self.dcft_adapter.thin_factors(logits.dtype)
         hidden = ops.matmul(ops.cast(inputs, logits.dtype), ops.transpose(output_factor))
         return ops.add(logits, ops.matmul(hidden, ops.transpose(input_factor)))
 
-    def _capped(self, logits):
+    def _dcft_capped(self, logits):
         cap = self.logit_soft_cap
         return logits if cap is None else ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

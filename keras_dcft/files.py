@@ -1,0 +1,402 @@
+"""Adapter files: what was trained, and nothing else, in one safetensors file.
+
+Layout, format version 2. Tensors:
+
+    adapter/<path>/dcft_a, .../dcft_b, .../dcft_filter    paths from the adapted model down
+    trained/<path>/<number>.<name>                        paths from the saved model down
+
+Metadata: `format` ("keras_dcft"), `format_version`, `dcft_config` (JSON), `model_class`, `part`
+(the path of the adapted model in the model that was saved, empty if it is that, or if several parts
+are adapted), `architecture` (JSON, the weight shape of every dense and embedding layer of the
+adapted model by path), `fingerprints` (JSON, of every adapted weight by path), `notes` (JSON, the
+caller's) and `checksum` (SHA-256 over all of this and the tensors). Version 1 had no fingerprints.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+from keras import ops
+
+from keras_dcft import freezing, keras_internals, selection
+from keras_dcft.adapter import ADAPTER_VARIABLES
+from keras_dcft.fingerprints import differs, fingerprint
+from keras_dcft.freezing import is_root, is_touched
+from keras_dcft.hub import head_config, is_task, task_backbone
+from keras_dcft.increments import subspace_shape
+from keras_dcft.models import config_of, dcft_layers, trained_in_full
+from keras_dcft.planning import check_built, checked_model, walk, with_sublayers
+from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_of, weight_shape_of
+from keras_dcft.verbs import adapt_and_reset
+
+SUFFIX = ".dcft.safetensors"
+FORMAT = "keras_dcft"
+FORMAT_VERSION = 2
+
+
+def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
+    """Writes what was trained in an adapted model to a `*.dcft.safetensors` file.
+
+    That is the adapters, the layers trained in full beside them, a task's head, and whatever else
+    is trainable at the time, such as layers around an adapted backbone; no base weights. (Where
+    `model.trainable` is False as a whole, that says nothing about the layers around the adapted
+    model: all of them are written.) The file is written beside its place and renamed, so that
+    whatever happens the old file or the new one is there.
+
+    Args:
+        model: a model adapted with `enable_dcft`.
+        path: str or path that ends with `.dcft.safetensors`; its folder must exist.
+        notes: dict of plain data to keep in the file, or None.
+
+    Raises:
+        ValueError: if the model is not adapted or the name ends otherwise.
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> path = tempfile.mkdtemp() + "/my.dcft.safetensors"
+        >>> save_dcft_weights(enable_dcft(model), path)
+        >>> load_dcft_weights(model, path) is model
+        True
+    """
+    path = _checked_path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Make the folder first. Received: path={str(path)!r}")
+    if not dcft_layers(checked_model(model)):
+        raise ValueError(
+            "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
+            f"'{model.name}' with none."
+        )
+    part = _adapted_part(model)
+    config = {k: v for k, v in config_of(part).items() if k != "flags"}
+    variables = _variables(model, part, config)
+    tensors = {name: _array(variable) for name, variable in variables.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "dcft_config": json.dumps(config),
+        "model_class": getattr(part, "dcft_base_class", type(part)).__name__,
+        "part": next((path for path, layer in walk(model).items() if layer is part), ""),
+        "architecture": json.dumps(_architecture(part)),
+        "fingerprints": json.dumps({p: fingerprint(layer) for p, layer in _owners(part, config)}),
+        "notes": json.dumps(notes or {}),
+    }
+    metadata["checksum"] = _checksum(tensors, metadata)
+    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def load_dcft_weights(model: keras.Model, path) -> keras.Model:
+    """Loads an adapter file into a model, all of it or, with an error, nothing.
+
+    A plain model is adapted first, with the file's settings. In a model that is adapted already
+    with the same settings only values are replaced: nothing is compiled or traced anew. Weights
+    that were trained when the file was written are trainable afterwards.
+
+    Args:
+        model: a built model of the architecture that the file was saved from.
+        path: str or path of a file that `save_dcft_weights` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the file is damaged, of a newer format or of another architecture, if it has
+            NaN or infinity, or if its settings, layers or shapes are not the model's. The message
+            says what the file has and what the model has. The model is unchanged.
+        OSError: if the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/my.dcft.safetensors"
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> save_dcft_weights(enable_dcft(model), path)
+        >>> type(load_dcft_weights(remove_dcft(model), path)).__name__
+        'DCFTSequential'
+    """
+    path = _checked_path(path)
+    check_built(checked_model(model))
+    tensors, metadata = _read(path)
+    config = json.loads(metadata["dcft_config"])
+    adapted = dcft_layers(model)
+    if any(selection.is_off(layer.dcft_filter) for layer in adapted.values()):
+        raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
+    if adapted:
+        part = _adapted_part(model)
+    else:
+        part = walk(model).get(metadata["part"], task_backbone(model))
+    _check_architecture(path, json.loads(metadata["architecture"]), part, config)
+    if adapted:
+        _check_settings(path, config, config_of(part))
+    variables = _variables(model, part, config, also=tensors)
+    shapes = {name: variable.shape for name, variable in variables.items()}
+    # A variable that was made trainable by hand need not be in the file.
+    by_hand = set(shapes) - set(_variables(model, part, config, by_hand=False))
+    _check_tensors(path, tensors, {**_adapter_shapes(part, config), **shapes}, by_hand)
+    _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), part, config)
+    with selection.calls.changing():
+        if not adapted:
+            adapt_and_reset(model, part, config)
+            variables = _variables(model, part, config, also=tensors)
+        # What another file had trained is the base's again.
+        for variable in trained_in_full(model):
+            variable.assign(freezing.base_value(variable))
+        for name, variable in variables.items():
+            if name in by_hand:
+                variable.trainable = name in tensors
+            if name in tensors:
+                variable.assign(tensors[name])
+    return model
+
+
+def read_notes(path) -> dict:
+    """The notes that `save_dcft_weights` was given for a file."""
+    return json.loads(_read(_checked_path(path))[1]["notes"])
+
+
+def _checked_path(path) -> Path:
+    if not str(path).endswith(SUFFIX):
+        raise ValueError(f"`path` must end with `{SUFFIX}`. Received: path={str(path)!r}")
+    return Path(path)
+
+
+def _adapted_part(model):
+    """The one model at or below a model that was adapted as a whole, or else the model itself."""
+    roots = [layer for layer in model._flatten_layers() if is_root(layer)]
+    parts = [root for root in roots if not any(map(is_root, walk(root).values()))]
+    return parts[0] if len(parts) == 1 else task_backbone(model)
+
+
+def _owners(part, config):
+    """The adapted layers, or those to adapt, by path, of those that share a weight the first."""
+    layers, owners = {"": part, **walk(part)}, {}
+    for path in config["layers"]:
+        owners.setdefault(id(weight_of(layers[path])), path)
+    return [(path, layers[path]) for path in owners.values()]
+
+
+def _adapter_shapes(part, config) -> dict:
+    """The shapes of the adapters' variables by their names in a file."""
+    shapes = {}
+    for path, layer in _owners(part, config):
+        d = config["layers"][path]
+        rank = config.get("adapters", {}).get(path, config)["rank"]
+        a, b = subspace_shape(*matrix_shape_of(layer), d)
+        for name, shape in zip(ADAPTER_VARIABLES, ((a, rank), (rank, b), (d, d))):
+            shapes[f"adapter/{path}/{name}"] = shape
+    return shapes
+
+
+def _variables(model, part, config, also=(), by_hand=True) -> dict:
+    """All that a file holds of a model, by the names that it has there.
+
+    Args:
+        model: the model, adapted or about to be.
+        part: the adapted model at or below it.
+        config: the part's `dcft_config`.
+        also: names of weights to have in any case, if the model has them.
+        by_hand: bool, whether to have what a user made trainable by hand.
+    """
+    variables = {}
+    for path, layer in dcft_layers(part).items():
+        if layer.dcft_adapter.host is layer:
+            for name, variable in layer.dcft_adapter.variables.items():
+                variables[f"adapter/{path}/{name}"] = variable
+    adapters = {id(variable) for variable in variables.values()}
+    told, inside = _told_to_be_trained(model, part, config)
+    for path, layer in {"": model, **walk(model)}.items():
+        weights = [v for v in keras_internals.own_weights(layer) if id(v) not in adapters]
+        outside = id(layer) not in inside
+        # Flags may be off for the moment, so what is known to be trained does not need them; state
+        # such as moving statistics belongs to what is trained beside it.
+        whole = id(layer) in told or (
+            outside and (not model.trainable or any(v.trainable for v in weights))
+        )
+        for number, variable in enumerate(weights):
+            name = f"trained/{path}/{number}.{variable.name}"
+            # Keras writes a float8 layer's scales, no weights, through the gradients' place.
+            is_trained = variable.trainable and not variable.overwrite_with_gradient
+            is_trained = is_trained and is_touched(layer) and by_hand
+            if whole or is_trained or name in also:
+                variables[name] = variable
+    return variables
+
+
+def _told_to_be_trained(model, part, config) -> tuple[set, set]:
+    """The layers that adapting makes trainable in full, and all that it touches, by identity."""
+    layers = {"": part, **walk(part)}
+    told = [layers[path] for path in config["trainable_layers"]]
+    inside = [layers[path] for path in with_sublayers(config.get("roots", [""]), layers)]
+    if is_task(model) and part is model.backbone:
+        layers = walk(model)
+        told += [layers[path] for path in head_config(model)["trainable_layers"]]
+    return {id(layer) for layer in told}, {id(layer) for layer in [*inside, *told]}
+
+
+def _array(variable) -> np.ndarray:
+    variable = selection.trained_value(variable)
+    # NumPy has no bfloat16; float32 holds each of its values exactly.
+    is_low = "bfloat16" in str(variable.dtype)
+    return np.ascontiguousarray(
+        ops.convert_to_numpy(ops.cast(variable, "float32") if is_low else variable)
+    )
+
+
+def _architecture(part) -> dict:
+    return {
+        path: list(weight_shape_of(layer))
+        for path, layer in walk(part).items()
+        if isinstance(layer, tuple(DCFT_CLASSES)) and layer.built
+    }
+
+
+def _checksum(tensors, metadata) -> str:
+    digest = hashlib.sha256()
+    described = {key: value for key, value in metadata.items() if key != "checksum"}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes):
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: Path):
+    # Read once: the file may be replaced by a newer one at any moment.
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.numpy.load(content)
+        (size,) = struct.unpack("<Q", content[:8])
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: load a file that `save_dcft_weights` wrote. The file has "
+            f"format={metadata.get('format')!r} instead of {FORMAT!r}."
+        )
+    version = metadata.get("format_version", "")
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: written by a newer keras_dcft, install that. The file has format version "
+            f"{version}; this keras_dcft reads {FORMAT_VERSION} and older."
+        )
+    if metadata.get("checksum") != _checksum(tensors, metadata):
+        raise ValueError(f"{path}: damaged, its checksum does not fit its content.")
+    return tensors, metadata
+
+
+def _check_architecture(path, saved, part, config):
+    found = _architecture(part)
+    resized = []
+    for layer in [*saved, *(layer for layer in found if layer not in saved)]:
+        in_file, in_model = saved.get(layer), found.get(layer)
+        if in_file == in_model:
+            continue
+        is_resized = in_file and in_model and in_file[1:] == in_model[1:]
+        is_resized = is_resized and isinstance(walk(part)[layer], keras.layers.Embedding)
+        if is_resized and layer not in config["layers"]:
+            resized.append(f"'{layer}': {in_file[0]} rows in the file, {in_model[0]} here")
+            continue
+        raise ValueError(
+            f"{path}: load it into a model of the architecture that it was made for. The file has "
+            f"{_described(layer, in_file)}; the model has {_described(layer, in_model)}."
+        )
+    if resized:
+        warnings.warn(
+            f"{path}: made with another vocabulary. Embeddings that are not adapted have other "
+            f"numbers of rows: {'; '.join(resized[:5])}.",
+            stacklevel=3,
+        )
+
+
+def _described(layer, shape) -> str:
+    return f"layer '{layer}' with a weight of shape {tuple(shape)}" if shape else f"no '{layer}'"
+
+
+def _check_settings(path, saved, found):
+    def refuse(what, in_file, in_model):
+        raise ValueError(
+            f"{path}: load it into the plain model, or call `remove_dcft(model)` first: the model "
+            f"is adapted with other settings. The file has {what}={in_file}; the model has "
+            f"{what}={in_model}."
+        )
+
+    for key in ("rank", "alpha"):
+        if saved[key] != found[key]:
+            refuse(key, saved[key], found[key])
+    for layer in {**saved["layers"], **found["layers"]}:
+        sizes = [config["layers"].get(layer) for config in (saved, found)]
+        if sizes[0] != sizes[1]:
+            refuse(f"kernel_size of '{layer}'", *sizes)
+    for layer in [*saved["trainable_layers"], *found["trainable_layers"]]:
+        has = [layer in config["trainable_layers"] for config in (saved, found)]
+        if has[0] != has[1]:
+            refuse(f"'{layer}' in trainable_layers", *has)
+    for key in ("roots", "adapters"):
+        if saved.get(key) != found.get(key):
+            refuse(key, *(str(config.get(key))[:200] for config in (saved, found)))
+
+
+def _check_tensors(path, tensors, shapes, optional):
+    for name in [*shapes, *(name for name in tensors if name not in shapes)]:
+        if name not in tensors and name in optional:
+            continue
+        in_file = tensors[name].shape if name in tensors else None
+        in_model = shapes.get(name)
+        if in_file is None or in_model is None or tuple(in_file) != tuple(in_model):
+            has = [
+                "nothing of that name" if s is None else f"shape {tuple(s)}"
+                for s in (in_file, in_model)
+            ]
+            raise ValueError(
+                f"{path}: load it into a model that trains what it was trained with. Of '{name}' "
+                f"the file has {has[0]}; the model has {has[1]}."
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise ValueError(
+                f"{path}: load an adapter that did not diverge. The file has NaN or infinity in "
+                f"'{name}'."
+            )
+
+
+def _warn_of_another_base(path, saved, part, config):
+    layers = [
+        (layer_path, layer) for layer_path, layer in _owners(part, config) if layer_path in saved
+    ]
+    others = [p for p, layer in layers if differs(fingerprint(layer), saved[p])]
+    if others:
+        warnings.warn(
+            f"{path}: trained on another base, so expect another result. The weights of "
+            f"{len(others)} of {len(layers)} adapted layers are not those of the base that the "
+            f"file was made on: {', '.join(others[:5])}{' ...' if others[5:] else ''}.",
+            stacklevel=3,
+        )

@@ -1,0 +1,116 @@
+"""The one place that knows KerasHub: its backbones and tasks, and how they are written.
+
+Keras must know a class before a file or preset is loaded, and it may be KerasHub or this package
+that is imported first; so the made classes of all of KerasHub's are made when this is imported.
+"""
+
+import importlib.util
+
+from keras_dcft import freezing, selection
+from keras_dcft.models import (
+    AdaptedModel,
+    adapt,
+    carry,
+    carrying_class,
+    config_of,
+    keep_their_class,
+    special_classes,
+)
+from keras_dcft.planning import walk
+from keras_dcft.settings import AdapterSettings
+
+keras_hub = importlib.import_module("keras_hub") if importlib.util.find_spec("keras_hub") else None
+
+
+class AdaptedBackbone(AdaptedModel):
+    """Mixin of adapted backbones: the constructor's arguments stay at the top of the config.
+
+    `from_preset` puts arguments such as `dtype` there.
+    """
+
+    def get_config(self):
+        plain = self.dcft_base_class.get_config(freezing.plain_view(self))
+        return {**plain, "dcft": config_of(self)}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        dcft_config = config.pop("dcft", None)
+        model = cls.dcft_base_class.from_config(config)
+        if dcft_config is not None:
+            adapt(model, dcft_config)
+        carry([model])
+        return model
+
+    def get_build_config(self):
+        return self.dcft_base_class.get_build_config(self)
+
+
+class _StandsForItsBase(type):
+    """Has a task of the plain class, made around an adapted backbone, pass for one of the made.
+
+    A preset names the class of the backbone, by which KerasHub finds the made class of the task,
+    and reads the task's own file only if its class is a subclass of that.
+    """
+
+    def __subclasscheck__(cls, subclass):
+        return super().__subclasscheck__(subclass) or subclass is vars(cls).get("dcft_base_class")
+
+
+class AdaptedTask(AdaptedBackbone, metaclass=_StandsForItsBase):
+    """Mixin of adapted tasks, whose config holds that of their adapted backbone."""
+
+    dcft_is_always_root = True
+
+    @property
+    def dcft_config(self) -> dict:
+        """The backbone's `dcft_config`."""
+        return self.backbone.dcft_config
+
+    def generate(self, *args, **kwargs):
+        with selection.calls.running():
+            return super().generate(*args, **kwargs)
+
+
+def is_task(model) -> bool:
+    """Whether a model is a KerasHub task with a backbone of its own."""
+    is_one = keras_hub is not None and isinstance(model, keras_hub.models.Task)
+    return is_one and model.backbone is not None
+
+
+def task_backbone(model):
+    """What of a model is adapted: a task's backbone, of any other model all of it."""
+    return model.backbone if is_task(model) else model
+
+
+def head_config(task) -> dict:
+    """The `dcft_config` by which what lies outside of a task's adapted backbone is trained."""
+    inside = {id(layer) for layer in task.backbone._flatten_layers()}
+    outside = [p for p, layer in walk(task).items() if layer.weights and id(layer) not in inside]
+    return {**AdapterSettings().numbers(), "layers": {}, "trainable_layers": outside}
+
+
+def _subclasses(cls):
+    found = {}
+    for subclass in cls.__subclasses__():
+        if subclass.__module__.split(".")[0] == "keras_hub":
+            found[subclass] = None
+            found.update(_subclasses(subclass))
+    return found
+
+
+def _make_classes():
+    backbones = _subclasses(keras_hub.models.Backbone)
+    special_classes.update({cls: (AdaptedBackbone, {}) for cls in backbones})
+    for cls in backbones:
+        carrying_class(cls, is_root=True)
+    for cls in _subclasses(keras_hub.models.Task):
+        if cls.backbone_cls in backbones:
+            made = carrying_class(cls.backbone_cls, is_root=True)
+            special_classes[cls] = (AdaptedTask, {"backbone_cls": made})
+            carrying_class(cls, is_root=True)
+    keep_their_class.extend([keras_hub.models.Task, *keras_hub.models.Preprocessor.__bases__])
+
+
+if keras_hub:
+    _make_classes()

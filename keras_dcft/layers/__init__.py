@@ -1,0 +1,1 @@
+"""The layers: what they share, and one file for each kind of Keras layer that is adapted."""

@@ -1,0 +1,113 @@
+"""Which adapter computes: what is switched off at the moment, and for whom.
+
+Switched off, a filter is zero and what is trained in full has the values of the base model. That is
+true of the whole model and of all threads, functions that were compiled before included, as long as
+any block is open: blocks are counted, so they may overlap. In a function that is being traced it is
+true of what is traced inside the block, and of nothing else.
+"""
+
+import contextlib
+import threading
+
+from keras_dcft import freezing, keras_internals
+
+_lock = threading.RLock()
+# By the variable's id: the variable, the value to put back, and how many blocks are open.
+_switched_off = {}
+
+
+def is_off(variable) -> bool:
+    """Whether a variable has its base model's value for the moment."""
+    return id(variable) in _switched_off
+
+
+def trained_value(variable):
+    """What a variable is outside of all blocks: itself, or the value that it then gets back."""
+    with _lock:
+        return _switched_off[id(variable)][1] if is_off(variable) else variable
+
+
+def assign(variable, value):
+    """Gives a variable a value, which it has outside of all blocks."""
+    with _lock:
+        if is_off(variable):
+            entry = _switched_off[id(variable)]
+            entry[1] = keras_internals.kept_value(entry[1], value)
+        else:
+            variable.assign(value)
+
+
+def write(layer, values: dict, store):
+    """Writes variables into a file's store, with their values outside of all blocks."""
+    for name, value in {**values, **freezing.base_values(layer)}.items():
+        store[name] = trained_value(value)
+
+
+@contextlib.contextmanager
+def switched_off(base_values: list):
+    """Inside this context variables have other values.
+
+    Args:
+        base_values: list of pairs of a variable and a NumPy array.
+    """
+    if keras_internals.is_traced(base_values[0][0]):
+        with keras_internals.traced_with(base_values):
+            yield
+        return
+    with _lock:
+        for variable, value in base_values:
+            if not is_off(variable):
+                kept = keras_internals.exchange_value(variable, value)
+                _switched_off[id(variable)] = [variable, kept, 0]
+            _switched_off[id(variable)][2] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for variable, _ in base_values:
+                _switched_off[id(variable)][2] -= 1
+                if not _switched_off[id(variable)][2]:
+                    _, kept, _ = _switched_off.pop(id(variable))
+                    keras_internals.put_value_back(variable, kept)
+
+
+class _Calls:
+    """Many calls at a time, or one change of the model, for which new calls wait."""
+
+    def __init__(self):
+        self._free = threading.Condition(threading.RLock())
+        self._running = {}
+        self._waiting = 0
+
+    @contextlib.contextmanager
+    def running(self):
+        """While a model computes."""
+        own = threading.get_ident()
+        with self._free:
+            self._free.wait_for(lambda: not self._waiting or own in self._running)
+            self._running[own] = self._running.get(own, 0) + 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._running[own] -= 1
+                if not self._running[own]:
+                    del self._running[own]
+                self._free.notify_all()
+
+    @contextlib.contextmanager
+    def changing(self):
+        """While a model is changed. Raises RuntimeError inside a call, which it would wait for."""
+        with self._free:
+            if threading.get_ident() in self._running:
+                raise RuntimeError("A model cannot be changed while this thread predicts with one.")
+            self._waiting += 1
+            try:
+                self._free.wait_for(lambda: not self._running)
+                yield
+            finally:
+                self._waiting -= 1
+                self._free.notify_all()
+
+
+calls = _Calls()
