@@ -44,7 +44,7 @@ from text_data import load_text_data
 
 from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
 from keras_dcft.increments import parameter_count
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -8,7 +8,7 @@ import keras
 from keras_dcft import enable_dcft
 from keras_dcft.conversion import DENSE_CLASSES
 from keras_dcft.models import task_backbone
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 
 # By the measurements in docs/results.md and the README; full fine-tuning wants far smaller ones.
 LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}

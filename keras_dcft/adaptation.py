@@ -8,7 +8,8 @@ from keras_dcft import keras_internals
 from keras_dcft.conversion import release_built
 from keras_dcft.layers import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, DCFTLayer, holds_integers
 from keras_dcft.models import AdaptedModel, adapt, release, reset_compiled_models, task_backbone
-from keras_dcft.planning import checked_model, dcft_layers, plan_adaptation
+from keras_dcft.paths import dcft_layers
+from keras_dcft.planning import checked_model, plan_adaptation
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 

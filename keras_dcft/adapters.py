@@ -28,7 +28,8 @@ from keras_dcft import keras_internals
 from keras_dcft.conversion import DCFT_CLASSES, weight_shape_of
 from keras_dcft.layers import ADAPTER_VARIABLES
 from keras_dcft.models import adapt, adapted_part, release, reset_compiled_models, task_backbone
-from keras_dcft.planning import check_built, checked_model, dcft_layers, walk
+from keras_dcft.paths import dcft_layers, walk
+from keras_dcft.planning import check_built, checked_model
 
 SUFFIX = ".dcft.safetensors"
 FORMAT = "keras_dcft"

@@ -11,13 +11,8 @@ from keras_dcft.conversion import matrix_shape_of, weight_of
 from keras_dcft.increments import parameter_count
 from keras_dcft.layers import DEFAULT_ALPHA, check_positive_int
 from keras_dcft.models import task_backbone
-from keras_dcft.planning import (
-    checked_model,
-    choose_kernel_sizes,
-    narrower_than,
-    plan_adaptation,
-    walk,
-)
+from keras_dcft.paths import walk
+from keras_dcft.planning import checked_model, choose_kernel_sizes, narrower_than, plan_adaptation
 
 LORA_RANKS = (1, 8)
 

@@ -19,7 +19,8 @@ import keras
 from keras_dcft import keras_internals
 from keras_dcft.conversion import adapt_layer, release_layer, weight_of
 from keras_dcft.layers import DCFTLayer, check_quantization, holds_integers
-from keras_dcft.planning import check_adaptable, walk, with_sublayers
+from keras_dcft.paths import walk, with_sublayers
+from keras_dcft.planning import check_adaptable
 
 PACKAGE = "keras_dcft"
 

@@ -22,67 +22,7 @@ from keras_dcft.conversion import (
     weight_of,
 )
 from keras_dcft.layers import DCFTLayer, check_settings, einsum_axes, holds_integers
-
-
-def walk(model) -> dict:
-    """Every layer below a model by its path, parents before children, each layer once.
-
-    A path joins layer names with `/` from the model down, and is the same in every process and on
-    every backend. So names that Keras made up (`dense_7`) are counted anew among their siblings
-    (`dense`, `dense_1`), and a backbone's name in front of a layer's is left out: many backbones of
-    KerasHub put it there when they are given a name, as they are when they are loaded.
-    """
-    layers = {}
-    seen = {id(model)}
-    backbones = _names_of_backbones()
-
-    def visit(parent, prefix, ancestors):
-        if _is_keras_hub(parent):
-            ancestors = (*ancestors, parent.name)
-        for child in keras_internals.sublayers(parent):
-            if id(child) in seen:
-                continue
-            seen.add(id(child))
-            name = path = f"{prefix}{_chosen_name(child, (*ancestors, *backbones))}"
-            number = 0
-            while path in layers:
-                number += 1
-                path = f"{name}_{number}"
-            layers[path] = child
-            visit(child, f"{path}/", ancestors)
-
-    visit(model, "", ())
-    return layers
-
-
-def _is_keras_hub(layer) -> bool:
-    return any(cls.__module__.startswith("keras_hub.") for cls in type(layer).__mro__)
-
-
-def _chosen_name(layer, prefixes):
-    for cls in (type(layer), getattr(layer, "base_class", type(layer))):
-        automatic = keras_internals.automatic_name(cls)
-        if re.fullmatch(rf"{automatic}(_\d+)?", layer.name):
-            return automatic
-    for prefix in prefixes:
-        if layer.name.startswith(f"{prefix}_"):
-            return layer.name.removeprefix(f"{prefix}_")
-    return layer.name
-
-
-def _names_of_backbones() -> list:
-    # A backbone need not be above its layers: DepthAnything takes them into a model of its own.
-    names = {
-        keras_internals.automatic_name(cls)
-        for cls in keras_internals.classes_of_models()
-        if any(base.__module__ == "keras_hub.src.models.backbone" for base in cls.__mro__)
-    }
-    return sorted(names, key=len, reverse=True)
-
-
-def dcft_layers(model) -> list:
-    """The DCFT layers of a model, each once."""
-    return [layer for layer in walk(model).values() if isinstance(layer, DCFTLayer)]
+from keras_dcft.paths import exact_patterns, listed, matching, select, walk, with_sublayers
 
 
 def plan_adaptation(
@@ -114,7 +54,7 @@ def plan_adaptation(
     if adapted:
         raise ValueError(
             "`model` already has DCFT layers; call `merge_dcft(model)` or `remove_dcft(model)` "
-            f"before enabling DCFT anew. Received: model '{model.name}' with {_listed(adapted)}."
+            f"before enabling DCFT anew. Received: model '{model.name}' with {listed(adapted)}."
         )
     candidates = {
         path: layer
@@ -132,7 +72,7 @@ def plan_adaptation(
         candidates.update(experts)
         targets = select("target_layers", target_layers, candidates)
     if not targets:
-        hint = f" Call the model on data first: {_listed(unbuilt)} not built." if unbuilt else ""
+        hint = f" Call the model on data first: {listed(unbuilt)} not built." if unbuilt else ""
         raise ValueError(
             "`model` must have at least one built Dense or EinsumDense layer to adapt. "
             f"Received: model '{model.name}' of type {type(model).__name__} with none.{hint}"
@@ -144,7 +84,7 @@ def plan_adaptation(
     if integers:
         raise ValueError(
             "`trainable_layers` must not name layers with quantized weights, which nothing can "
-            f"train. Received: {_listed(integers)}."
+            f"train. Received: {listed(integers)}."
         )
     available = targets
     targets = [path for path in targets if path not in set(excluded) | set(trained)]
@@ -152,7 +92,7 @@ def plan_adaptation(
         raise ValueError(
             "`exclude_layers` and `trainable_layers` leave no layer to adapt. Received: "
             f"exclude_layers={exclude_layers!r}, trainable_layers={trainable_layers!r} for "
-            f"{_listed(available)}."
+            f"{listed(available)}."
         )
     targeted = {path: candidates[path] for path in targets}
     check_adaptable(targeted, layers)
@@ -161,7 +101,7 @@ def plan_adaptation(
     _check_shared_sizes(kernel_sizes, targeted)
     if unbuilt:
         warnings.warn(
-            f"Not built, and so left frozen instead of adapted: {_listed(unbuilt)}. If the model "
+            f"Not built, and so left frozen instead of adapted: {listed(unbuilt)}. If the model "
             "uses them, call it on data in that way before it is adapted.",
             stacklevel=3,
         )
@@ -194,63 +134,6 @@ def check_built(model):
         )
 
 
-def select(argument: str, selector, layers: dict) -> list:
-    """The paths that a regular expression, a list of them or a predicate on layers selects.
-
-    Args:
-        argument: str, the argument's name for error messages.
-        selector: None, str, list of str, or a function of a layer that returns a bool.
-        layers: dict of the layers to choose from, by path.
-
-    Raises:
-        TypeError: if the selector is none of these.
-        ValueError: if a pattern is malformed, or it or the predicate selects nothing.
-    """
-    if selector is None:
-        return []
-    if callable(selector):
-        selected = [path for path, layer in layers.items() if selector(layer)]
-        if not selected:
-            raise ValueError(
-                f"`{argument}` selects nothing: the function is false for every layer. It could "
-                f"have selected {_listed(layers)}."
-            )
-        return selected
-    patterns = [selector] if isinstance(selector, str) else selector
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"`{argument}` must be a regular expression, a list of them or a function of a layer. "
-            f"Received: {argument}={selector!r}"
-        )
-    selected = set()
-    for pattern in patterns:
-        matches = _matches(argument, pattern, layers)
-        if not matches:
-            raise ValueError(
-                f"`{argument}` has a pattern that matches nothing. Received: {pattern!r}. It could "
-                f"have matched {_listed(layers)}."
-            )
-        selected.update(matches)
-    return [path for path in layers if path in selected]
-
-
-def with_sublayers(paths: list, layers: dict) -> list:
-    """The given paths and those of everything below them, in the order of the walk."""
-    roots = tuple(f"{path}/" for path in paths)
-    chosen = set(paths)
-    return [path for path in layers if path in chosen or path.startswith(roots)]
-
-
-def _matches(argument, pattern, layers):
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`{argument}` must hold valid regular expressions: {error}. Received: {pattern!r}"
-        ) from error
-    return [path for path in layers if expression.search(path)]
-
-
 def choose_kernel_sizes(sizes, targets) -> dict:
     """The kernel size of each targeted layer by its path, from patterns of which the first counts.
 
@@ -258,10 +141,10 @@ def choose_kernel_sizes(sizes, targets) -> dict:
         ValueError: if a pattern matches nothing or a layer is left out.
     """
     for pattern in sizes:
-        if not _matches("kernel_size", pattern, targets):
+        if not matching("kernel_size", pattern, targets):
             raise ValueError(
                 f"`kernel_size` has a pattern that matches nothing. Received: {pattern!r}. It "
-                f"could have matched {_listed(targets)}."
+                f"could have matched {listed(targets)}."
             )
     chosen = {}
     for path in targets:
@@ -285,7 +168,7 @@ def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
 def _check_widths(sizes, kernel_sizes, targets):
     too_small = narrower_than(kernel_sizes, targets)
     if too_small:
-        names = _pattern(*too_small)
+        names = exact_patterns(*too_small)
         shapes = ", ".join(f"'{path}' ({m} x {n})" for path, (m, n) in too_small.items())
         raise ValueError(
             "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel. "
@@ -310,7 +193,7 @@ def check_adaptable(targets: dict, layers: dict):
 
 
 def _check_class(path, layer):
-    cls, leave_out = type(layer), f"Leave it out with `exclude_layers={_pattern(path)}`."
+    cls, leave_out = type(layer), f"Leave it out with `exclude_layers={exact_patterns(path)}`."
     if _holds_experts(layer):
         raise ValueError(
             f"Layer '{path}' of type {cls.__name__} holds one matrix per expert, which DCFT does "
@@ -357,7 +240,7 @@ def _check_wrappers(targets, layers):
                 raise ValueError(
                     f"Layer '{path}' is inside SpectralNormalization, which rewrites the kernel "
                     "that DCFT keeps frozen. Leave it out with "
-                    f"`exclude_layers={_pattern(path)}`."
+                    f"`exclude_layers={exact_patterns(path)}`."
                 )
 
 
@@ -373,7 +256,7 @@ def _check_ties(targets, layers):
                 raise ValueError(
                     f"Layers '{path}' and '{other}' share one weight, so they can only be adapted "
                     "together, and only if they use it in the same way. Leave them out with "
-                    f"`exclude_layers={_pattern(path, other)}` or name both in `target_layers`."
+                    f"`exclude_layers={exact_patterns(path, other)}` or name both in `target_layers`."
                 )
 
 
@@ -398,13 +281,3 @@ def _holds_experts(layer) -> bool:
         len(variable.shape) == 3 and min(variable.shape) > 1
         for variable in keras_internals.own_weights(layer)
     )
-
-
-def _pattern(*paths):
-    return [f"^{re.escape(path)}$" for path in paths]
-
-
-def _listed(paths, most=20):
-    paths = list(paths)
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(f"'{path}'" for path in paths[:most]) + more

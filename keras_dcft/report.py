@@ -9,7 +9,8 @@ from rich.table import Table
 from keras_dcft.increments import parameter_count
 from keras_dcft.layers import ADAPTER_VARIABLES
 from keras_dcft.models import AdaptedModel
-from keras_dcft.planning import checked_model, dcft_layers, walk
+from keras_dcft.paths import dcft_layers, walk
+from keras_dcft.planning import checked_model
 
 
 def dcft_summary(model: keras.Model, print_fn=None):

@@ -4,7 +4,8 @@ import pytest
 from tools import array, bert_backbone, bert_classifier, sequential
 
 from keras_dcft import DCFTDense, enable_dcft
-from keras_dcft.planning import plan_adaptation, walk
+from keras_dcft.paths import walk
+from keras_dcft.planning import plan_adaptation
 
 SETTINGS = {"rank": 1, "alpha": 4.0, "dropout": 0.0, "orthogonality": 0.0}
 

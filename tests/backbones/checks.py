@@ -13,7 +13,7 @@ import backbones
 from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
 from keras_dcft.conversion import DENSE_CLASSES, matrix_shape_of
 from keras_dcft.layers import ADAPTER_VARIABLES
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 
 # Layers of these tiny backbones to which no gradient comes.
 WITHOUT_GRADIENT = {
