@@ -12,7 +12,14 @@ from keras_dcft.increments import parameter_count
 from keras_dcft.layers import DEFAULT_ALPHA, check_positive_int
 from keras_dcft.models import task_backbone
 from keras_dcft.paths import walk
-from keras_dcft.planning import checked_model, choose_kernel_sizes, narrower_than, plan_adaptation
+from keras_dcft.planning import (
+    checked_model,
+    choose_kernel_sizes,
+    narrower_than,
+    plain_number,
+    plan_adaptation,
+    sizes_by_pattern,
+)
 
 LORA_RANKS = (1, 8)
 
@@ -144,20 +151,20 @@ def dcft_parameter_table(
         >>> dcft_parameter_table(model, (2, 8)).dcft_parameters
         [(2, 52), (8, 76)]
     """
-    targeted = _targeted(model, rank, target_layers, exclude_layers)
+    rank = plain_number(rank)
+    targeted, layers = _targeted(model, rank, target_layers, exclude_layers)
     dcft_parameters = []
     for kernel_size in kernel_sizes:
-        sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
-        for size in sizes.values():
-            check_positive_int("kernel_sizes", size)
-        chosen = choose_kernel_sizes(sizes, targeted)
+        sizes = sizes_by_pattern("kernel_sizes", kernel_size)
+        chosen = choose_kernel_sizes(sizes, targeted, layers)
         count = None
         if not narrower_than(chosen, targeted):
             count = sum(
                 parameter_count(*matrix_shape_of(layer), chosen[path], rank)
                 for path, layer in _owners(targeted).items()
             )
-        dcft_parameters.append((kernel_size, count))
+        is_one = not isinstance(kernel_size, dict)
+        dcft_parameters.append((sizes[""] if is_one else sizes, count))
     shapes = tuple(matrix_shape_of(layer) for layer in _owners(targeted).values())
     return ParameterTable(
         model=model.name,
@@ -196,8 +203,9 @@ def kernel_size_for_budget(
         >>> kernel_size_for_budget(model, 60)
         2
     """
+    parameters, rank = plain_number(parameters), plain_number(rank)
     check_positive_int("parameters", parameters)
-    targeted = _targeted(model, rank, target_layers, exclude_layers)
+    targeted, _ = _targeted(model, rank, target_layers, exclude_layers)
     shapes = [matrix_shape_of(layer) for layer in _owners(targeted).values()]
     counts = counts_by_kernel_size(shapes, rank)
     for kernel_size, count in counts.items():
@@ -219,12 +227,12 @@ def counts_by_kernel_size(shapes, rank) -> dict:
     }
 
 
-def _targeted(model, rank, target_layers, exclude_layers) -> dict:
-    """The layers that `enable_dcft` would adapt, by path; kernel size 1 fits every one."""
+def _targeted(model, rank, target_layers, exclude_layers) -> tuple[dict, dict]:
+    """The layers that `enable_dcft` would adapt (kernel size 1 fits each) and all, by path."""
     part = task_backbone(checked_model(model))
     config = plan_adaptation(part, 1, rank, DEFAULT_ALPHA, 0.0, 0.0, target_layers, exclude_layers)
     layers = walk(part)
-    return {path: layers[path] for path in config["layers"]}
+    return {path: layers[path] for path in config["layers"]}, layers
 
 
 def _owners(targeted) -> dict:

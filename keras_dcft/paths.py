@@ -67,44 +67,148 @@ def dcft_layers(model) -> list:
     return [layer for layer in walk(model).values() if isinstance(layer, DCFTLayer)]
 
 
-def select(argument: str, selector, layers: dict) -> list:
+def keras_paths(layers: dict) -> dict:
+    """The walk's paths, each with the path of the names that Keras has for the same layers."""
+    names = {}
+    for path, layer in layers.items():
+        parent = path.rpartition("/")[0]
+        names[path] = f"{names[parent]}/{layer.name}" if parent else layer.name
+    return names
+
+
+def other_name(path: str, layer) -> str:
+    """What Keras calls a layer, as in `model.summary()`; "" where its path ends with that."""
+    return "" if path.rpartition("/")[2] == layer.name else layer.name
+
+
+def named(path: str, layer) -> str:
+    """A layer's path in quotes, for messages, and its name in Keras where that differs."""
+    name = other_name(path, layer)
+    return f"'{shortened(path)}'" + (f" (Keras calls it '{shortened(name)}')" if name else "")
+
+
+def listed(paths, layers: dict) -> str:
+    """Paths for a message, the first of them where they are many."""
+    return joined(named(path, layers[path]) for path in paths) or "no layer"
+
+
+def joined(texts, most: int = 300) -> str:
+    """Texts with commas between them, as many as the first `most` characters take."""
+    texts = list(texts)
+    length, count = 0, 0
+    while count < len(texts) and (not count or length + len(texts[count]) <= most):
+        length += len(texts[count])
+        count += 1
+    more = f" and {len(texts) - count:,} more" if count < len(texts) else ""
+    return ", ".join(texts[:count]) + more
+
+
+def shortened(text: str, most: int = 150) -> str:
+    """A text for a message, without its middle where it is long."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+def naming(paths, layers: dict) -> str:
+    """Code for messages that selects these layers and no others."""
+    paths = list(paths)
+    others = {name for path, name in keras_paths(layers).items() if path != name}
+    if others.isdisjoint(paths):
+        return f"[{joined(repr(f'^{re.escape(path)}$') for path in paths)}]"
+    names = joined(repr(layers[path].name) for path in paths)
+    return f"lambda layer: layer.name in [{names}]"
+
+
+# Why a layer that there is cannot be selected, by argument.
+REASONS = {
+    "kernel_size": "is not adapted here",
+    "trainable_layers": "has no weights",
+}
+
+
+def select(argument: str, selector, choices: dict, layers: dict) -> list:
     """The paths that a regular expression, a list of them or a predicate on layers selects.
 
     Args:
         argument: str, the argument's name for error messages.
         selector: None, str, list of str, or a function of a layer that returns a bool.
-        layers: dict of the layers to choose from, by path.
+        choices: dict of the layers to choose from, by path.
+        layers: dict of all layers of the model, by path.
 
     Raises:
         TypeError: if the selector is none of these.
-        ValueError: if a pattern is malformed, or it or the predicate selects nothing.
+        ValueError: if a pattern is malformed, selects nothing or is doubtful as in `matching`, or
+            the predicate selects nothing.
     """
     if selector is None:
         return []
     if callable(selector):
-        selected = [path for path, layer in layers.items() if selector(layer)]
+        selected = [path for path, layer in choices.items() if selector(layer)]
         if not selected:
             raise ValueError(
-                f"`{argument}` selects nothing: the function is false for every layer. It could "
-                f"have selected {listed(layers)}."
+                f"`{argument}` selects nothing: the function must be true for some layer of "
+                f"{listed(choices, layers)}. Received: {argument}={shortened(repr(selector))}"
             )
         return selected
     patterns = [selector] if isinstance(selector, str) else selector
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
             f"`{argument}` must be a regular expression, a list of them or a function of a layer. "
-            f"Received: {argument}={selector!r}"
+            f"Received: {argument}={shortened(repr(selector))}"
         )
-    selected = set()
-    for pattern in patterns:
-        matches = matching(argument, pattern, layers)
-        if not matches:
-            raise ValueError(
-                f"`{argument}` has a pattern that matches nothing. Received: {pattern!r}. It could "
-                f"have matched {listed(layers)}."
-            )
-        selected.update(matches)
-    return [path for path in layers if path in selected]
+    selected = {path for p in patterns for path in matching(argument, p, choices, layers)}
+    return [path for path in choices if path in selected]
+
+
+def matching(argument: str, pattern: str, choices: dict, layers: dict) -> list:
+    """The paths in which a regular expression is found.
+
+    Args:
+        argument, choices, layers: as for `select`.
+        pattern: str, the regular expression.
+
+    Raises:
+        ValueError: if the pattern is malformed, matches no path, or matches a layer by the name
+            that Keras gave it and not by its path: copied from `model.summary()`, it would
+            otherwise select another layer than the one meant.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` must hold valid regular expressions: {error}. "
+            f"Received: {shortened(repr(pattern))}"
+        ) from error
+    received = f"Received: {shortened(repr(pattern))}"
+    names = keras_paths(layers)
+    matches = [path for path in choices if expression.search(path)]
+    by_name = [p for p in choices if expression.search(names[p]) and not expression.search(p)]
+    if by_name:
+        remedy = "name the layers when you make them, or write what only the paths match"
+        if argument != "kernel_size":  # which takes no function, as the code may be
+            remedy = f"for what Keras calls so write `{argument}={naming(by_name, layers)}`"
+            if matches:
+                remedy += f", for what has such a path `{argument}={naming(matches, layers)}`"
+        raise ValueError(
+            f"`{argument}` takes layers' paths, not names that Keras gives: {remedy}. {received}, "
+            f"by path {listed(matches, layers)}, by Keras's name {listed(by_name, layers)}."
+        )
+    if matches:
+        return matches
+    could = f"It could have matched {listed(choices, layers)}."
+    others = [p for p in layers if expression.search(p) or expression.search(names[p])]
+    if not others:
+        raise ValueError(f"`{argument}` has a pattern that matches nothing. {could} {received}")
+    types = joined(
+        f"{named(path, layers[path])} of type {type(layers[path]).__name__}"
+        + ("" if layers[path].built else ", not built")
+        for path in others
+    )
+    reason = REASONS.get(argument, "is not adaptable: DCFT adapts built dense and embedding layers")
+    raise ValueError(
+        f"`{argument}` has a pattern that matches no layer to choose. {could} {received}, which "
+        f"matches {types}, which exists but {reason}."
+    )
 
 
 def with_sublayers(paths: list, layers: dict) -> list:
@@ -112,23 +216,3 @@ def with_sublayers(paths: list, layers: dict) -> list:
     roots = tuple(f"{path}/" for path in paths)
     chosen = set(paths)
     return [path for path in layers if path in chosen or path.startswith(roots)]
-
-
-def matching(argument, pattern, layers):
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`{argument}` must hold valid regular expressions: {error}. Received: {pattern!r}"
-        ) from error
-    return [path for path in layers if expression.search(path)]
-
-
-def exact_patterns(*paths):
-    return [f"^{re.escape(path)}$" for path in paths]
-
-
-def listed(paths, most=20):
-    paths = list(paths)
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(f"'{path}'" for path in paths[:most]) + more

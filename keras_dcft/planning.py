@@ -7,7 +7,7 @@ saved model carries:
      "layers": {path: kernel size}, "trainable_layers": [path]}
 """
 
-import re
+import numbers
 import warnings
 
 import keras
@@ -21,8 +21,24 @@ from keras_dcft.conversion import (
     overridden,
     weight_of,
 )
-from keras_dcft.layers import DCFTLayer, check_settings, einsum_axes, holds_integers
-from keras_dcft.paths import exact_patterns, listed, matching, select, walk, with_sublayers
+from keras_dcft.layers import (
+    DCFTLayer,
+    check_positive_int,
+    check_settings,
+    einsum_axes,
+    holds_integers,
+)
+from keras_dcft.paths import (
+    joined,
+    listed,
+    matching,
+    named,
+    naming,
+    select,
+    shortened,
+    walk,
+    with_sublayers,
+)
 
 
 def plan_adaptation(
@@ -43,18 +59,17 @@ def plan_adaptation(
     Returns:
         A `dcft_config` as described at the top of this file.
     """
-    sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
-    if not sizes:
-        raise ValueError("`kernel_size` must name at least one pattern. Received: kernel_size={}")
-    for size in sizes.values():
-        check_settings(size, rank, alpha, dropout, orthogonality)
+    sizes = sizes_by_pattern("kernel_size", kernel_size)
+    rank, alpha, dropout, orthogonality = map(plain_number, (rank, alpha, dropout, orthogonality))
+    check_settings(1, rank, alpha, dropout, orthogonality)
     check_built(model)
     layers = walk(model)
     adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
     if adapted:
         raise ValueError(
-            "`model` already has DCFT layers; call `merge_dcft(model)` or `remove_dcft(model)` "
-            f"before enabling DCFT anew. Received: model '{model.name}' with {listed(adapted)}."
+            "Call `merge_dcft(model)` or `remove_dcft(model)` before enabling DCFT anew: `model` "
+            f"already has DCFT layers. Received: model '{model.name}' with "
+            f"{listed(adapted, layers)}."
         )
     candidates = {
         path: layer
@@ -68,41 +83,50 @@ def plan_adaptation(
         if isinstance(layer, DENSE_CLASSES) and not layer.built
     ]
     experts = {path: layer for path, layer in layers.items() if _holds_experts(layer)}
-    if target_layers is not None and candidates:
+    if target_layers is not None:
         candidates.update(experts)
-        targets = select("target_layers", target_layers, candidates)
+        targets = select("target_layers", target_layers, candidates, layers)
+        if not targets:
+            raise ValueError(
+                "`target_layers` must name a layer; leave it out to adapt every dense layer. "
+                f"Received: target_layers={target_layers!r}"
+            )
     if not targets:
-        hint = f" Call the model on data first: {listed(unbuilt)} not built." if unbuilt else ""
+        remedy = f"call the model on data first, {listed(unbuilt, layers)} not built. "
         raise ValueError(
-            "`model` must have at least one built Dense or EinsumDense layer to adapt. "
-            f"Received: model '{model.name}' of type {type(model).__name__} with none.{hint}"
+            "`model` must have at least one built Dense or EinsumDense layer to adapt"
+            f"{': ' + remedy if unbuilt else '. '}"
+            f"Received: model '{model.name}' of type {type(model).__name__} with none."
         )
-    excluded = select("exclude_layers", exclude_layers, candidates)
+    excluded = select("exclude_layers", exclude_layers, candidates, layers)
     weighted = {path: layer for path, layer in layers.items() if layer.weights}
-    trained = with_sublayers(select("trainable_layers", trainable_layers, weighted), layers)
+    trained = select("trainable_layers", trainable_layers, weighted, layers)
+    trained = with_sublayers(trained, layers)
     integers = [path for path in trained if holds_integers(layers[path])]
     if integers:
         raise ValueError(
             "`trainable_layers` must not name layers with quantized weights, which nothing can "
-            f"train. Received: {listed(integers)}."
+            f"train. Received: {listed(integers, layers)}."
         )
     available = targets
     targets = [path for path in targets if path not in set(excluded) | set(trained)]
     if not targets:
         raise ValueError(
-            "`exclude_layers` and `trainable_layers` leave no layer to adapt. Received: "
-            f"exclude_layers={exclude_layers!r}, trainable_layers={trainable_layers!r} for "
-            f"{listed(available)}."
+            "`exclude_layers` and `trainable_layers` must not name every targeted layer, they "
+            "leave no layer to adapt. Received: "
+            f"exclude_layers={shortened(repr(exclude_layers))}, "
+            f"trainable_layers={shortened(repr(trainable_layers))} for "
+            f"{listed(available, layers)}."
         )
     targeted = {path: candidates[path] for path in targets}
     check_adaptable(targeted, layers)
-    kernel_sizes = choose_kernel_sizes(sizes, targeted)
-    _check_widths(sizes, kernel_sizes, targeted)
+    kernel_sizes = choose_kernel_sizes(sizes, targeted, layers)
+    _check_widths(sizes, kernel_sizes, targeted, layers)
     _check_shared_sizes(kernel_sizes, targeted)
     if unbuilt:
         warnings.warn(
-            f"Not built, and so left frozen instead of adapted: {listed(unbuilt)}. If the model "
-            "uses them, call it on data in that way before it is adapted.",
+            "If the model uses these layers, call it on data in that way before it is adapted. Not "
+            f"built, and so left frozen instead of adapted: {listed(unbuilt, layers)}.",
             stacklevel=3,
         )
     return {
@@ -115,11 +139,42 @@ def plan_adaptation(
     }
 
 
+def sizes_by_pattern(argument: str, kernel_size) -> dict:
+    """What is given as kernel size, as a dict of patterns to Python ints.
+
+    Raises:
+        TypeError: if it is neither an int nor a dict of str to int.
+        ValueError: if it is an empty dict or an int is below 1.
+    """
+    sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
+    if not sizes:
+        raise ValueError(f"`{argument}` must have at least one pattern. Received: {argument}={{}}")
+    sizes = {pattern: plain_number(size) for pattern, size in sizes.items()}
+    for pattern, size in sizes.items():
+        if not isinstance(pattern, str) or type(size) is not int:
+            place = f" at {shortened(repr(pattern))}" if isinstance(kernel_size, dict) else ""
+            raise TypeError(
+                f"`{argument}` must be an int, or a dict of regular expressions over layer paths "
+                'to ints, such as {"query": 4, ".*": 8}. '
+                f"Received: {argument}={shortened(repr(size))}{place} of type "
+                f"{type(size).__name__}"
+            )
+        check_positive_int(argument, size)
+    return sizes
+
+
+def plain_number(value):
+    """NumPy's numbers as Python's, which every config can hold; all else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and type(value) is not bool else value
+
+
 def checked_model(model):
     """The model; raises TypeError if it is none."""
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"`model` must be a keras.Model. Received: model={model!r} of type "
+            f"`model` must be a keras.Model. Received: model={shortened(repr(model))} of type "
             f"{type(model).__name__}"
         )
     return model
@@ -129,34 +184,43 @@ def check_built(model):
     """Raises ValueError for a model whose layers have no kernels yet."""
     if not model.built:
         raise ValueError(
-            "`model` must be built, its layers need their kernels. Call it on data or build it "
-            f"with `model.build(input_shape)` first. Received: model '{model.name}', not built."
+            "`model` must be built: call it on data or `model.build(input_shape)` first, its "
+            f"layers need their kernels. Received: model '{model.name}', not built."
         )
 
 
-def choose_kernel_sizes(sizes, targets) -> dict:
+def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict) -> dict:
     """The kernel size of each targeted layer by its path, from patterns of which the first counts.
 
+    Args:
+        sizes: dict of regular expressions to ints.
+        targets: dict of the targeted layers, by path.
+        layers: dict of all layers of the model, by path.
+
     Raises:
-        ValueError: if a pattern matches nothing or a layer is left out.
+        ValueError: if a pattern selects nothing, also because others come first, or a layer is
+            left out.
     """
+    first = {}  # the pattern that counts, by path
     for pattern in sizes:
-        if not matching("kernel_size", pattern, targets):
+        matches = matching("kernel_size", pattern, targets, layers)
+        earlier = {first[path]: None for path in matches if path in first}
+        if all(path in first for path in matches):
             raise ValueError(
-                f"`kernel_size` has a pattern that matches nothing. Received: {pattern!r}. It "
-                f"could have matched {listed(targets)}."
+                f"`kernel_size` must have the pattern {shortened(repr(pattern))} before "
+                f"{joined(shortened(repr(p)) for p in earlier)}, or not at all: the first that "
+                f"matches a layer counts, and of {listed(matches, layers)} none is left. "
+                f"Received: kernel_size={shortened(repr(sizes))}"
             )
-    chosen = {}
-    for path in targets:
-        size = next((size for pattern, size in sizes.items() if re.search(pattern, path)), None)
-        if size is None:
-            raise ValueError(
-                "`kernel_size` must have a pattern for every targeted layer; the first that "
-                f'matches counts, and a last ".*" matches the rest. Received: {sizes!r}, which '
-                f"leaves out '{path}'."
-            )
-        chosen[path] = size
-    return chosen
+        first.update((path, pattern) for path in matches if path not in first)
+    missing = [path for path in targets if path not in first]
+    if missing:
+        raise ValueError(
+            '`kernel_size` must have a pattern for every targeted layer; a last ".*" matches the '
+            f"rest. Received: kernel_size={shortened(repr(sizes))}, which leaves out "
+            f"{listed(missing, layers)}."
+        )
+    return {path: sizes[first[path]] for path in targets}
 
 
 def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
@@ -165,16 +229,16 @@ def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
     return {path: shape for path, shape in shapes.items() if kernel_sizes[path] > min(shape)}
 
 
-def _check_widths(sizes, kernel_sizes, targets):
+def _check_widths(sizes, kernel_sizes, targets, layers):
     too_small = narrower_than(kernel_sizes, targets)
     if too_small:
-        names = exact_patterns(*too_small)
-        shapes = ", ".join(f"'{path}' ({m} x {n})" for path, (m, n) in too_small.items())
+        names = naming(too_small, layers)
+        shapes = joined(f"{named(p, layers[p])} ({m} x {n})" for p, (m, n) in too_small.items())
         raise ValueError(
-            "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel. "
-            f"Received: kernel_size={sizes.get('', sizes)} for {shapes}. Leave such layers frozen "
-            f"with `exclude_layers={names}` or train them in full with "
-            f"`trainable_layers={names}`."
+            "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel: "
+            f"take {min(map(min, too_small.values()))} at most, leave such layers frozen with "
+            f"`exclude_layers={names}` or train them in full with `trainable_layers={names}`. "
+            f"Received: kernel_size={shortened(repr(sizes.get('', sizes)))} for {shapes}."
         )
 
 
@@ -186,49 +250,52 @@ def check_adaptable(targets: dict, layers: dict):
         layers: dict of all layers of the model, by path.
     """
     for path, layer in targets.items():
-        _check_class(path, layer)
-        _check_weight(path, layer)
+        leave_out = f"Leave it out with `exclude_layers={naming([path], layers)}`."
+        _check_class(named(path, layer), layer, leave_out)
+        _check_weight(named(path, layer), layer, leave_out)
     _check_wrappers(targets, layers)
     _check_ties(targets, layers)
 
 
-def _check_class(path, layer):
-    cls, leave_out = type(layer), f"Leave it out with `exclude_layers={exact_patterns(path)}`."
+def _check_class(name, layer, leave_out):
+    cls = type(layer)
     if _holds_experts(layer):
         raise ValueError(
-            f"Layer '{path}' of type {cls.__name__} holds one matrix per expert, which DCFT does "
-            f"not adapt: its code computes with these weights itself. {leave_out}"
+            f"{leave_out} Layer {name} of type {cls.__name__} holds one matrix per expert, which "
+            "DCFT does not adapt: its code computes with these weights itself."
         )
     if not isinstance(layer, tuple(DCFT_CLASSES)):
-        raise ValueError(f"Layer '{path}' is no dense or embedding layer: {layer!r}")
+        raise ValueError(f"Layer {name} is no dense or embedding layer. Received: {cls.__name__}")
     if dcft_class(cls) is None:
         base = next(base for base in DCFT_CLASSES if issubclass(cls, base))
         names = " and ".join(f"`{name}`" for name in overridden(cls, base))
         raise ValueError(
-            f"Layer '{path}' is of type {cls.__name__}, a subclass of {base.__name__} with its own "
-            f"{names}, which an adapted layer would not use. {leave_out}"
+            f"{leave_out} Layer {name} is of type {cls.__name__}, a subclass of {base.__name__} "
+            f"with its own {names}, which an adapted layer would not use."
         )
 
 
-def _check_weight(path, layer):
+def _check_weight(name, layer, leave_out):
     if not layer.built:
-        raise ValueError(f"Layer '{path}' cannot be adapted before it is built.")
+        raise ValueError(f"Call the model on data first. Layer {name} is not built.")
     if layer.lora_enabled:
         raise ValueError(
-            f"Layer '{path}' has Keras LoRA enabled; a layer is adapted either with LoRA or with "
-            "DCFT. Load the model without LoRA first."
+            f"Load the model without LoRA first. Layer {name} has Keras LoRA enabled; a layer is "
+            "adapted either with LoRA or with DCFT."
         )
-    for name in ("kernel_constraint", "embeddings_constraint"):
-        if getattr(layer, name, None) is not None:
+    for argument in ("kernel_constraint", "embeddings_constraint"):
+        constraint = getattr(layer, argument, None)
+        if constraint is not None:
             raise ValueError(
-                f"Layer '{path}' has a {name.split('_')[0]} constraint, which a frozen weight plus "
-                f"increment would not obey. Received: {name}={getattr(layer, name)!r}"
+                f"{leave_out} Layer {name} has a {argument.split('_')[0]} constraint, which a "
+                "frozen weight plus increment would not obey. "
+                f"Received: {argument}={shortened(repr(constraint))}"
             )
     if isinstance(layer, keras.layers.EinsumDense):
         try:
             einsum_axes(layer.equation)
         except ValueError as error:
-            raise ValueError(f"Layer '{path}' cannot be adapted: {error}") from error
+            raise ValueError(f"{leave_out} Layer {name} cannot be adapted: {error}") from error
 
 
 def _check_wrappers(targets, layers):
@@ -238,9 +305,9 @@ def _check_wrappers(targets, layers):
             path = target_ids.get(id(wrapper.layer))
             if path is not None:
                 raise ValueError(
-                    f"Layer '{path}' is inside SpectralNormalization, which rewrites the kernel "
-                    "that DCFT keeps frozen. Leave it out with "
-                    f"`exclude_layers={exact_patterns(path)}`."
+                    f"Leave it out with `exclude_layers={naming([path], layers)}`. Layer "
+                    f"{named(path, layers[path])} is inside SpectralNormalization, which rewrites "
+                    "the kernel that DCFT keeps frozen."
                 )
 
 
@@ -254,9 +321,10 @@ def _check_ties(targets, layers):
         for other in shared.get(id(weight_of(layer)), []):
             if other not in targets or _view(layers[other]) != _view(layer):
                 raise ValueError(
-                    f"Layers '{path}' and '{other}' share one weight, so they can only be adapted "
-                    "together, and only if they use it in the same way. Leave them out with "
-                    f"`exclude_layers={exact_patterns(path, other)}` or name both in `target_layers`."
+                    f"Leave them out with `exclude_layers={naming([path, other], layers)}` or name "
+                    f"both in `target_layers`. Layers {named(path, layer)} and "
+                    f"{named(other, layers[other])} share one weight, so they can only be adapted "
+                    "together, and only if they use it in the same way."
                 )
 
 
@@ -266,8 +334,9 @@ def _check_shared_sizes(kernel_sizes, targeted):
         owner = owners.setdefault(id(weight_of(layer)), path)
         if kernel_sizes[path] != kernel_sizes[owner]:
             raise ValueError(
-                f"`kernel_size` must be the same for '{owner}' and '{path}', which share one "
-                f"weight. Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
+                f"`kernel_size` must be the same for {named(owner, targeted[owner])} and "
+                f"{named(path, layer)}, which share one weight. "
+                f"Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
             )
 
 

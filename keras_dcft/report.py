@@ -9,7 +9,7 @@ from rich.table import Table
 from keras_dcft.increments import parameter_count
 from keras_dcft.layers import ADAPTER_VARIABLES
 from keras_dcft.models import AdaptedModel
-from keras_dcft.paths import dcft_layers, walk
+from keras_dcft.paths import dcft_layers, other_name, walk
 from keras_dcft.planning import checked_model
 
 
@@ -50,8 +50,10 @@ def dcft_summary(model: keras.Model, print_fn=None):
     table.add_column("Share", justify="right")
     for layer in layers:
         kernel = math.prod(layer.matrix_shape)
+        path = paths.get(id(layer), layer.name)
+        name = other_name(path, layer)
         table.add_row(
-            paths.get(id(layer), layer.name),
+            f"{path} (Keras: {name})" if name else path,
             " x ".join(map(str, layer.weight_shape_of(layer))),
             str(layer.kernel_size),
             str(layer.rank),
