@@ -156,7 +156,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             return self.filepath.format(**fields)
         except KeyError as error:
             raise KeyError(
-                f"`filepath` has the field {error}, and there is no such value. "
+                f"`filepath` has the field {shortened(str(error))}, and there is no such value. "
                 f"There are: {shortened(repr(sorted(fields)), 400)}. "
                 f"Received: filepath={shortened(repr(self.filepath))}"
             ) from error

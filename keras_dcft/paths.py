@@ -94,7 +94,7 @@ def listed(paths, layers: dict) -> str:
 
 def joined(texts, most: int = 300) -> str:
     """Texts with commas between them, as many as the first `most` characters take."""
-    texts = list(texts)
+    texts = [shortened(text, most) for text in texts]
     length, count = 0, 0
     while count < len(texts) and (not count or length + len(texts[count]) <= most):
         length += len(texts[count])
@@ -176,7 +176,7 @@ def matching(argument: str, pattern: str, choices: dict, layers: dict) -> list:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"`{argument}` must hold valid regular expressions: {error}. "
+            f"`{argument}` must hold valid regular expressions: {shortened(str(error))}. "
             f"Received: {shortened(repr(pattern))}"
         ) from error
     received = f"Received: {shortened(repr(pattern))}"
@@ -206,8 +206,8 @@ def matching(argument: str, pattern: str, choices: dict, layers: dict) -> list:
     )
     reason = REASONS.get(argument, "is not adaptable: DCFT adapts built dense and embedding layers")
     raise ValueError(
-        f"`{argument}` has a pattern that matches no layer to choose. {could} {received}, which "
-        f"matches {types}, which exists but {reason}."
+        f"`{argument}` has a pattern that matches no layer that it can choose. {could} {received}, "
+        f"which matches {types}, which exists but {reason}."
     )
 
 
