@@ -110,13 +110,15 @@ def shortened(text: str, most: int = 150) -> str:
 
 
 def naming(paths, layers: dict) -> str:
-    """Code for messages that selects these layers and no others."""
+    """Code for messages that selects these layers and no others, but for a gap where it must."""
     paths = list(paths)
     others = {name for path, name in keras_paths(layers).items() if path != name}
     if others.isdisjoint(paths):
         return f"[{joined(repr(f'^{re.escape(path)}$') for path in paths)}]"
-    names = joined(repr(layers[path].name) for path in paths)
-    return f"lambda layer: layer.name in [{names}]"
+    names = [layers[path].name for path in paths]
+    if sum(layer.name in names for layer in layers.values()) > len(paths):
+        return "lambda layer: layer in [...]"
+    return f"lambda layer: layer.name in [{joined(map(repr, names))}]"
 
 
 # Why a layer that there is cannot be selected, by argument.
@@ -160,12 +162,13 @@ def select(argument: str, selector, choices: dict, layers: dict) -> list:
     return [path for path in choices if path in selected]
 
 
-def matching(argument: str, pattern: str, choices: dict, layers: dict) -> list:
+def matching(argument: str, pattern: str, choices: dict, layers: dict, taken=()) -> list:
     """The paths in which a regular expression is found.
 
     Args:
         argument, choices, layers: as for `select`.
         pattern: str, the regular expression.
+        taken: collection of the paths that this pattern does not decide about.
 
     Raises:
         ValueError: if the pattern is malformed, matches no path, or matches a layer by the name
@@ -182,9 +185,9 @@ def matching(argument: str, pattern: str, choices: dict, layers: dict) -> list:
     received = f"Received: {shortened(repr(pattern))}"
     names = keras_paths(layers)
     matches = [path for path in choices if expression.search(path)]
-    by_name = [p for p in choices if expression.search(names[p]) and not expression.search(p)]
+    by_name = [p for p in choices if expression.search(names[p]) and p not in {*matches, *taken}]
     if by_name:
-        remedy = "name the layers when you make them, or write what only the paths match"
+        remedy = "for what Keras calls so write its path, or before this a pattern that takes it"
         if argument != "kernel_size":  # which takes no function, as the code may be
             remedy = f"for what Keras calls so write `{argument}={naming(by_name, layers)}`"
             if matches:

@@ -203,7 +203,7 @@ def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict) -> dict:
     """
     first = {}  # the pattern that counts, by path
     for pattern in sizes:
-        matches = matching("kernel_size", pattern, targets, layers)
+        matches = matching("kernel_size", pattern, targets, layers, taken=first)
         earlier = {first[path]: None for path in matches if path in first}
         if all(path in first for path in matches):
             raise ValueError(

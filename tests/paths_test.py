@@ -62,6 +62,8 @@ def test_every_argument_with_patterns_is_looked_at(argument, pattern):
 def test_sizes_by_pattern_are_looked_at():
     with pytest.raises(ValueError, match="`kernel_size` takes layers' paths"):
         enable_dcft(numbered(), kernel_size={"^dense_1$": 2, ".*": 4})
+    model = enable_dcft(numbered(), kernel_size={"^dense$": 4, "^dense_1$": 2})
+    assert model.dcft_config["layers"] == {"dense": 4, "dense_1": 2}
 
 
 def test_the_names_of_holders_count():
@@ -100,6 +102,8 @@ def test_code_for_messages_selects_what_it_names():
     for path in ("dense", "dense_1"):
         assert choose(model, eval(naming([path], layers))) == [path]
     assert naming(["dense"], layers) == "['^dense$']"
+    layers["other"] = keras.layers.Dense(3, name="dense_2")
+    assert naming(["dense_1"], layers) == "lambda layer: layer in [...]"
 
 
 def test_the_table_shows_the_names_of_keras():
