@@ -43,8 +43,7 @@ from quality import (
 )
 
 from keras_dcft import PAPER_RECIPE, LinearWarmupDecay, enable_dcft
-from keras_dcft.models import dcft_layers
-from keras_dcft.planning import walk
+from keras_dcft.paths import dcft_layers, walk
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
 PAGE = ROOT / "docs" / "choices.md"

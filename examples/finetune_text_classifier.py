@@ -43,7 +43,7 @@ from text_classifier import batches, make_classifier
 from text_data import load_text_data
 
 from keras_dcft.increments import parameter_count
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
 
 matplotlib.use("Agg")

@@ -7,7 +7,7 @@ import keras
 
 from keras_dcft import enable_dcft
 from keras_dcft.hub import task_backbone
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES
 
 # By the measurements in docs/results.md and the README; full fine-tuning wants far smaller ones.

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from keras_dcft.hub import task_backbone
 from keras_dcft.increments import parameter_count
+from keras_dcft.paths import walk
 from keras_dcft.planning import (
     checked_model,
     choose_kernel_sizes,
     narrower_than,
     plan_adaptation,
-    walk,
+    sizes_by_pattern,
 )
 from keras_dcft.reclassing import matrix_shape_of, weight_of
 from keras_dcft.settings import DEFAULT_ALPHA, checked_positive_int
@@ -149,20 +150,20 @@ def dcft_parameter_table(
         >>> dcft_parameter_table(model, (2, 8)).dcft_parameters
         [(2, 52), (8, 76)]
     """
-    targeted = _targeted(model, rank, target_layers, exclude_layers)
+    rank = checked_positive_int("rank", rank)
+    targeted, layers = _targeted(model, rank, target_layers, exclude_layers)
     dcft_parameters = []
     for kernel_size in kernel_sizes:
-        sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
-        for size in sizes.values():
-            checked_positive_int("kernel_sizes", size)
-        chosen = choose_kernel_sizes(sizes, targeted)
+        sizes = sizes_by_pattern("kernel_sizes", kernel_size)
+        chosen = choose_kernel_sizes(sizes, targeted, layers)
         count = None
         if not narrower_than(chosen, targeted):
             count = sum(
                 parameter_count(*matrix_shape_of(layer), chosen[path], rank)
                 for path, layer in _owners(targeted).items()
             )
-        dcft_parameters.append((kernel_size, count))
+        is_one = not isinstance(kernel_size, dict)
+        dcft_parameters.append((sizes[""] if is_one else sizes, count))
     shapes = tuple(matrix_shape_of(layer) for layer in _owners(targeted).values())
     return ParameterTable(
         model=model.name,
@@ -201,8 +202,9 @@ def kernel_size_for_budget(
         >>> kernel_size_for_budget(model, 60)
         2
     """
-    checked_positive_int("parameters", parameters)
-    targeted = _targeted(model, rank, target_layers, exclude_layers)
+    parameters = checked_positive_int("parameters", parameters)
+    rank = checked_positive_int("rank", rank)
+    targeted, _ = _targeted(model, rank, target_layers, exclude_layers)
     shapes = [matrix_shape_of(layer) for layer in _owners(targeted).values()]
     counts = counts_by_kernel_size(shapes, rank)
     for kernel_size, count in counts.items():
@@ -224,12 +226,12 @@ def counts_by_kernel_size(shapes, rank) -> dict:
     }
 
 
-def _targeted(model, rank, target_layers, exclude_layers) -> dict:
-    """The layers that `enable_dcft` would adapt, by path; kernel size 1 fits every one."""
+def _targeted(model, rank, target_layers, exclude_layers) -> tuple[dict, dict]:
+    """The layers that `enable_dcft` would adapt (kernel size 1 fits each) and all, by path."""
     part = task_backbone(checked_model(model))
     config = plan_adaptation(part, 1, rank, DEFAULT_ALPHA, 0.0, 0.0, target_layers, exclude_layers)
     layers = walk(part)
-    return {path: layers[path] for path in config["layers"]}
+    return {path: layers[path] for path in config["layers"]}, layers
 
 
 def _owners(targeted) -> dict:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import keras
 
+from keras_dcft import keras_internals
 from keras_dcft.files import SUFFIX, read_notes, save_dcft_weights
-from keras_dcft.models import dcft_layers
+from keras_dcft.paths import dcft_layers
+from keras_dcft.settings import shortened
 
 
 class DCFTCheckpoint(keras.callbacks.Callback):
@@ -27,8 +29,8 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             `{val_accuracy:.3f}` for the logged values. Its folder is made.
         monitor: str, the logged value that tells how good an epoch is.
         save_best_only: bool, whether to write only for an epoch that is better than all before.
-        mode: `"min"`, `"max"`, or `"auto"`: by the name of `monitor`, max for accuracies and the
-            like, min for everything else.
+        mode: `"min"`, `"max"`, or `"auto"`: as the metric of that name in the model has it, or
+            else by the name, min for losses, max for accuracies and the like.
         verbose: int, 1 to print a line for each file.
         save_freq: `"epoch"`, or an int to write after so many batches instead, counted across
             epochs. What is logged then is about the epoch so far, and nothing of validation.
@@ -36,7 +38,8 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             beat already, or None.
 
     Raises:
-        ValueError: if `filepath` ends otherwise, or `mode` or `save_freq` is none of the above.
+        ValueError: if `filepath` ends otherwise, or `mode` or `save_freq` is none of the above;
+            when training begins, if the model is not adapted or nothing tells the mode.
         KeyError: while training, if `filepath` has a field that is not logged.
 
     Example:
@@ -59,21 +62,23 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         super().__init__()
         if not str(filepath).endswith(SUFFIX):
             raise ValueError(
-                f"`filepath` must end with `{SUFFIX}`. Received: filepath={str(filepath)!r}"
+                f"`filepath` must end with `{SUFFIX}`. "
+                f"Received: filepath={shortened(repr(str(filepath)))}"
             )
         if mode not in ("auto", "min", "max"):
-            raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}')
+            raise ValueError(
+                f'`mode` must be "auto", "min" or "max". Received: mode={shortened(repr(mode))}'
+            )
         if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
             raise ValueError(
-                f'`save_freq` must be "epoch" or a positive int. Received: save_freq={save_freq!r}'
+                '`save_freq` must be "epoch" or a positive int. '
+                f"Received: save_freq={shortened(repr(save_freq))}"
             )
-        if mode == "auto":
-            is_score = re.search(r"acc|auc|precision|recall|f1|f_?beta|r2|iou", monitor.lower())
-            mode = "max" if is_score else "min"
+        self._is_mode_given = mode != "auto"
         self.filepath = str(filepath)
         self.monitor = monitor
         self.save_best_only = save_best_only
-        self.mode = mode
+        self.mode = mode if self._is_mode_given else _mode_by_name(monitor)
         self.verbose = verbose
         self.save_freq = save_freq
         self.best = initial_value_threshold
@@ -86,8 +91,18 @@ class DCFTCheckpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if not dcft_layers(self.model):
             raise ValueError(
-                "Call `enable_dcft(model)` before `fit`: `model` must have DCFT layers for "
-                f"DCFTCheckpoint to save. Received: model '{self.model.name}' with none."
+                "Call `enable_dcft(model)` before `fit`: `model` must have DCFT layers. "
+                f"Received: model '{self.model.name}' with none."
+            )
+        if not self._is_mode_given:
+            name = self.monitor.removeprefix("val_")
+            direction = keras_internals.metric_direction(self.model, name)
+            self.mode = {"up": "max", "down": "min", None: self.mode}[direction]
+        if self.mode == "auto":
+            raise ValueError(
+                '`mode` must be "max" or "min" where neither a metric of the model nor the name '
+                "tells which value is better. "
+                f"Received: mode='auto', monitor={shortened(repr(self.monitor))}"
             )
         for file in sorted(glob.glob(_glob_pattern(self.filepath))):
             try:
@@ -122,7 +137,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             if self.save_best_only:
                 warnings.warn(
                     f"DCFTCheckpoint needs '{self.monitor}' to tell the best epoch, and it was not "
-                    f"logged. Nothing is saved. Logged were: {sorted(logs)}",
+                    f"logged. Nothing is saved. Logged were: {shortened(repr(sorted(logs)), 400)}",
                     stacklevel=2,
                 )
                 return
@@ -145,8 +160,9 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             return self.filepath.format(**fields)
         except KeyError as error:
             raise KeyError(
-                f"`filepath` has the field {error}, and there is no such value. "
-                f"There are: {sorted(fields)}. Received: filepath={self.filepath!r}"
+                f"`filepath` has the field {shortened(str(error))}, and there is no such value. "
+                f"There are: {shortened(repr(sorted(fields)), 400)}. "
+                f"Received: filepath={shortened(repr(self.filepath))}"
             ) from error
 
     def _is_better(self, value):
@@ -155,6 +171,15 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         if self.best is None:
             return True
         return value > self.best if self.mode == "max" else value < self.best
+
+
+def _mode_by_name(monitor: str) -> str:
+    """The mode where the name of what is logged says it, or "auto"."""
+    name = monitor.lower()
+    if name.endswith("loss"):
+        return "min"
+    scores = r"(acc|accuracy|auc|precision|recall|f1|f_?beta|r2|iou)"
+    return "max" if re.search(rf"(^|_){scores}(_score)?$", name) else "auto"
 
 
 def _glob_pattern(name: str) -> str:

@@ -32,8 +32,9 @@ from keras_dcft.fingerprints import differs, fingerprint
 from keras_dcft.freezing import is_root, is_touched
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.increments import subspace_shape
-from keras_dcft.models import config_of, dcft_layers, trained_in_full
-from keras_dcft.planning import check_built, checked_model, walk, with_sublayers
+from keras_dcft.models import config_of, trained_in_full
+from keras_dcft.paths import dcft_layers, joined, walk, with_sublayers
+from keras_dcft.planning import check_built, checked_model
 from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_of, weight_shape_of
 from keras_dcft.verbs import adapt_and_reset
 
@@ -333,7 +334,7 @@ def _check_architecture(path, saved, part, config):
     if resized:
         warnings.warn(
             f"{path}: made with another vocabulary. Embeddings that are not adapted have other "
-            f"numbers of rows: {'; '.join(resized[:5])}.",
+            f"numbers of rows: {joined(resized)}.",
             stacklevel=3,
         )
 
@@ -397,6 +398,6 @@ def _warn_of_another_base(path, saved, part, config):
         warnings.warn(
             f"{path}: trained on another base, so expect another result. The weights of "
             f"{len(others)} of {len(layers)} adapted layers are not those of the base that the "
-            f"file was made on: {', '.join(others[:5])}{' ...' if others[5:] else ''}.",
+            f"file was made on: {joined(others)}.",
             stacklevel=3,
         )

@@ -16,7 +16,7 @@ from keras_dcft.models import (
     keep_their_class,
     special_classes,
 )
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 from keras_dcft.settings import AdapterSettings
 
 keras_hub = importlib.import_module("keras_hub") if importlib.util.find_spec("keras_hub") else None

@@ -12,6 +12,7 @@ import itertools
 import keras
 from keras import ops
 from keras.src.backend.common import masking, stateless_scope
+from keras.src.trainers import compile_utils
 from keras.src.utils import naming, tracking
 
 # Where a layer keeps the variables that are its own and not its sublayers'.
@@ -279,6 +280,31 @@ def unwrap_quantize(layer):
         del layer.quantize
         if quantize.bound is not None:
             layer.quantize = quantize.bound
+
+
+def metric_direction(model, name: str) -> str | None:
+    """Whether a metric is to go "up" or "down"; None if no metric of the model tells.
+
+    `mode="auto"` of Keras's callbacks reads the same `_direction`, but of compiled metrics alone,
+    when they are built, which on TensorFlow they are not before the first batch.
+
+    Args:
+        model: a Keras model.
+        name: str, the name under which the metric is logged, without `val_`.
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    given = []
+    if compiled is not None:
+        given = keras.tree.flatten([compiled._user_metrics, compiled._user_weighted_metrics])
+    target = keras.KerasTensor((1, 1))  # its shape decides which accuracy "accuracy" is
+    metrics = [compile_utils.get_metric(m, target, target) for m in given if m is not None]
+    names = [name, *(name.removeprefix(f"{o}_") for o in getattr(model, "output_names", []))]
+    directions = {
+        getattr(metric, "_direction", None)
+        for metric in [*model.metrics, *metrics]
+        if metric.name in names
+    }
+    return directions.pop() if len(directions) == 1 else None
 
 
 def models_holding(layers) -> list:

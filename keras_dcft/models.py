@@ -20,7 +20,8 @@ import keras
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.freezing import Before, is_touched
 from keras_dcft.layers.base import DCFTLayer, check_quantization
-from keras_dcft.planning import check_adaptable, walk, with_sublayers
+from keras_dcft.paths import dcft_layers, joined, walk, with_sublayers
+from keras_dcft.planning import check_adaptable
 from keras_dcft.reclassing import dcft_class, made_class, weight_of
 from keras_dcft.settings import AdapterSettings
 
@@ -230,7 +231,7 @@ def _check_paths(model, config, layers):
     if missing:
         raise ValueError(
             "Build the model as it was when it was adapted: the DCFT configuration names layers "
-            f"that it does not have: {missing}. Model '{model.name}' has {list(layers)}."
+            f"that it does not have: {joined(missing)}. Model '{model.name}' has {joined(layers)}."
         )
     plain = {path: layers[path] for path in config["layers"] if not is_touched(layers[path])}
     check_adaptable(plain, layers)
@@ -283,12 +284,6 @@ def _adapt_layer(layer, settings, owner):
     layer.__class__ = cls if is_plain else carrying_class(type(layer), cls)
     with keras_internals.unlocked(layer):
         layer.dcft_adapt(settings, owner=None if owner is layer else owner)
-
-
-def dcft_layers(model) -> dict:
-    """The adapted layers of a model by path, the model itself included."""
-    layers = {"": model, **walk(model)}
-    return {path: layer for path, layer in layers.items() if isinstance(layer, DCFTLayer)}
 
 
 def config_of(model) -> dict:

@@ -7,14 +7,25 @@ saved model carries:
      "layers": {path: kernel size}, "trainable_layers": [path]}
 """
 
-import re
 import warnings
+from numbers import Integral
 
 import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.einsum import einsum_axes
 from keras_dcft.layers.base import DCFTLayer, holds_integers
+from keras_dcft.paths import (
+    joined,
+    listed,
+    matching,
+    named,
+    naming,
+    select,
+    shortened,
+    walk,
+    with_sublayers,
+)
 from keras_dcft.reclassing import (
     DCFT_CLASSES,
     DENSE_CLASSES,
@@ -23,63 +34,7 @@ from keras_dcft.reclassing import (
     overridden,
     weight_of,
 )
-from keras_dcft.settings import AdapterSettings
-
-
-def walk(model) -> dict:
-    """Every layer below a model by its path, parents before children, each layer once.
-
-    A path joins layer names with `/` from the model down, and is the same in every process and on
-    every backend. So names that Keras made up (`dense_7`) are counted anew among their siblings
-    (`dense`, `dense_1`), and a backbone's name in front of a layer's is left out: many backbones of
-    KerasHub put it there when they are given a name, as they are when they are loaded.
-    """
-    layers = {}
-    seen = {id(model)}
-    backbones = _names_of_backbones()
-
-    def visit(parent, prefix, ancestors):
-        if _is_keras_hub(parent):
-            ancestors = (*ancestors, parent.name)
-        for child in keras_internals.sublayers(parent):
-            if id(child) in seen:
-                continue
-            seen.add(id(child))
-            name = path = f"{prefix}{_chosen_name(child, (*ancestors, *backbones))}"
-            number = 0
-            while path in layers:
-                number += 1
-                path = f"{name}_{number}"
-            layers[path] = child
-            visit(child, f"{path}/", ancestors)
-
-    visit(model, "", ())
-    return layers
-
-
-def _is_keras_hub(layer) -> bool:
-    return any(cls.__module__.startswith("keras_hub.") for cls in type(layer).__mro__)
-
-
-def _chosen_name(layer, prefixes):
-    for cls in (type(layer), getattr(layer, "dcft_base_class", type(layer))):
-        automatic = keras_internals.automatic_name(cls)
-        if re.fullmatch(rf"{automatic}(_\d+)?", layer.name):
-            return automatic
-    for prefix in prefixes:
-        if layer.name.startswith(f"{prefix}_"):
-            return layer.name.removeprefix(f"{prefix}_")
-    return layer.name
-
-
-def _names_of_backbones() -> list:
-    # A backbone need not be above its layers: DepthAnything takes them into a model of its own.
-    names = {
-        keras_internals.automatic_name(cls)
-        for cls in keras_internals.classes_of_models()
-        if any(base.__module__ == "keras_hub.src.models.backbone" for base in cls.__mro__)
-    }
-    return sorted(names, key=len, reverse=True)
+from keras_dcft.settings import AdapterSettings, checked_positive_int
 
 
 def plan_adaptation(
@@ -100,18 +55,16 @@ def plan_adaptation(
     Returns:
         A `dcft_config` as described at the top of this file.
     """
-    sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
-    if not sizes:
-        raise ValueError("`kernel_size` must name at least one pattern. Received: kernel_size={}")
-    for size in sizes.values():
-        AdapterSettings(size, rank, alpha, dropout, orthogonality)
+    sizes = sizes_by_pattern("kernel_size", kernel_size)
+    common = AdapterSettings(1, rank, alpha, dropout, orthogonality).numbers()
     check_built(model)
     layers = walk(model)
     adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
     if adapted:
         raise ValueError(
-            "`model` already has DCFT layers; call `merge_dcft(model)` or `remove_dcft(model)` "
-            f"before enabling DCFT anew. Received: model '{model.name}' with {_listed(adapted)}."
+            "Call `merge_dcft(model)` or `remove_dcft(model)` before enabling DCFT anew: `model` "
+            f"already has DCFT layers. Received: model '{model.name}' with "
+            f"{listed(adapted, layers)}."
         )
     candidates = {
         path: layer
@@ -125,58 +78,86 @@ def plan_adaptation(
         if isinstance(layer, DENSE_CLASSES) and not layer.built
     ]
     experts = {path: layer for path, layer in layers.items() if _holds_experts(layer)}
-    if target_layers is not None and candidates:
+    if target_layers is not None:
         candidates.update(experts)
-        targets = select("target_layers", target_layers, candidates)
+        targets = select("target_layers", target_layers, candidates, layers)
+        if not targets:
+            raise ValueError(
+                "`target_layers` must name a layer; leave it out to adapt every dense layer. "
+                f"Received: target_layers={target_layers!r}"
+            )
     if not targets:
-        hint = f" Call the model on data first: {_listed(unbuilt)} not built." if unbuilt else ""
+        remedy = f"call the model on data first, {listed(unbuilt, layers)} not built. "
         raise ValueError(
-            "`model` must have at least one built Dense or EinsumDense layer to adapt. "
-            f"Received: model '{model.name}' of type {type(model).__name__} with none.{hint}"
+            "`model` must have at least one built Dense or EinsumDense layer to adapt"
+            f"{': ' + remedy if unbuilt else '. '}"
+            f"Received: model '{model.name}' of type {type(model).__name__} with none."
         )
-    excluded = select("exclude_layers", exclude_layers, candidates)
+    excluded = select("exclude_layers", exclude_layers, candidates, layers)
     weighted = {path: layer for path, layer in layers.items() if layer.weights}
-    trained = with_sublayers(select("trainable_layers", trainable_layers, weighted), layers)
+    trained = select("trainable_layers", trainable_layers, weighted, layers)
+    trained = with_sublayers(trained, layers)
     integers = [path for path in trained if holds_integers(layers[path])]
     if integers:
         raise ValueError(
             "`trainable_layers` must not name layers with quantized weights, which nothing can "
-            f"train. Received: {_listed(integers)}."
+            f"train. Received: {listed(integers, layers)}."
         )
     available = targets
     targets = [path for path in targets if path not in set(excluded) | set(trained)]
     if not targets:
         raise ValueError(
-            "`exclude_layers` and `trainable_layers` leave no layer to adapt. Received: "
-            f"exclude_layers={exclude_layers!r}, trainable_layers={trainable_layers!r} for "
-            f"{_listed(available)}."
+            "`exclude_layers` and `trainable_layers` must not name every targeted layer, they "
+            "leave no layer to adapt. Received: "
+            f"exclude_layers={shortened(repr(exclude_layers))}, "
+            f"trainable_layers={shortened(repr(trainable_layers))} for "
+            f"{listed(available, layers)}."
         )
     targeted = {path: candidates[path] for path in targets}
     check_adaptable(targeted, layers)
-    kernel_sizes = choose_kernel_sizes(sizes, targeted)
-    _check_widths(sizes, kernel_sizes, targeted)
+    kernel_sizes = choose_kernel_sizes(sizes, targeted, layers)
+    _check_widths(sizes, kernel_sizes, targeted, layers)
     _check_shared_sizes(kernel_sizes, targeted)
     if unbuilt:
         warnings.warn(
-            f"Not built, and so left frozen instead of adapted: {_listed(unbuilt)}. If the model "
-            "uses them, call it on data in that way before it is adapted.",
+            "If the model uses these layers, call it on data in that way before it is adapted. Not "
+            f"built, and so left frozen instead of adapted: {listed(unbuilt, layers)}.",
             stacklevel=3,
         )
     return {
-        "rank": rank,
-        "alpha": float(alpha),
-        "dropout": float(dropout),
-        "orthogonality": float(orthogonality),
+        **{name: number for name, number in common.items() if name != "kernel_size"},
         "layers": kernel_sizes,
         "trainable_layers": trained,
     }
+
+
+def sizes_by_pattern(argument: str, kernel_size) -> dict:
+    """What is given as kernel size, as a dict of patterns to Python ints.
+
+    Raises:
+        TypeError: if it is neither an int nor a dict of str to int.
+        ValueError: if it is an empty dict or an int is below 1.
+    """
+    sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
+    if not sizes:
+        raise ValueError(f"`{argument}` must have at least one pattern. Received: {argument}={{}}")
+    for pattern, size in sizes.items():
+        if not isinstance(pattern, str) or type(size) is bool or not isinstance(size, Integral):
+            place = f" at {shortened(repr(pattern))}" if isinstance(kernel_size, dict) else ""
+            raise TypeError(
+                f"`{argument}` must be an int, or a dict of regular expressions over layer paths "
+                'to ints, such as {"query": 4, ".*": 8}. '
+                f"Received: {argument}={shortened(repr(size))}{place} of type "
+                f"{type(size).__name__}"
+            )
+    return {p: checked_positive_int(argument, size) for p, size in sizes.items()}
 
 
 def checked_model(model):
     """The model; raises TypeError if it is none."""
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"`model` must be a keras.Model. Received: model={model!r} of type "
+            f"`model` must be a keras.Model. Received: model={shortened(repr(model))} of type "
             f"{type(model).__name__}"
         )
     return model
@@ -186,91 +167,43 @@ def check_built(model):
     """Raises ValueError for a model whose layers have no kernels yet."""
     if not model.built:
         raise ValueError(
-            "`model` must be built, its layers need their kernels. Call it on data or build it "
-            f"with `model.build(input_shape)` first. Received: model '{model.name}', not built."
+            "`model` must be built: call it on data or `model.build(input_shape)` first, its "
+            f"layers need their kernels. Received: model '{model.name}', not built."
         )
 
 
-def select(argument: str, selector, layers: dict) -> list:
-    """The paths that a regular expression, a list of them or a predicate on layers selects.
-
-    Args:
-        argument: str, the argument's name for error messages.
-        selector: None, str, list of str, or a function of a layer that returns a bool.
-        layers: dict of the layers to choose from, by path.
-
-    Raises:
-        TypeError: if the selector is none of these.
-        ValueError: if a pattern is malformed, or it or the predicate selects nothing.
-    """
-    if selector is None:
-        return []
-    if callable(selector):
-        selected = [path for path, layer in layers.items() if selector(layer)]
-        if not selected:
-            raise ValueError(
-                f"`{argument}` selects nothing: the function is false for every layer. It could "
-                f"have selected {_listed(layers)}."
-            )
-        return selected
-    patterns = [selector] if isinstance(selector, str) else selector
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"`{argument}` must be a regular expression, a list of them or a function of a layer. "
-            f"Received: {argument}={selector!r}"
-        )
-    selected = set()
-    for pattern in patterns:
-        matches = _matches(argument, pattern, layers)
-        if not matches:
-            raise ValueError(
-                f"`{argument}` has a pattern that matches nothing. Received: {pattern!r}. It could "
-                f"have matched {_listed(layers)}."
-            )
-        selected.update(matches)
-    return [path for path in layers if path in selected]
-
-
-def with_sublayers(paths: list, layers: dict) -> list:
-    """The given paths and those of everything below them, in the order of the walk."""
-    roots = tuple(f"{path}/" if path else "" for path in paths)
-    chosen = set(paths)
-    return [path for path in layers if path in chosen or path.startswith(roots)]
-
-
-def _matches(argument, pattern, layers):
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`{argument}` must hold valid regular expressions: {error}. Received: {pattern!r}"
-        ) from error
-    return [path for path in layers if expression.search(path)]
-
-
-def choose_kernel_sizes(sizes, targets) -> dict:
+def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict) -> dict:
     """The kernel size of each targeted layer by its path, from patterns of which the first counts.
 
+    Args:
+        sizes: dict of regular expressions to ints.
+        targets: dict of the targeted layers, by path.
+        layers: dict of all layers of the model, by path.
+
     Raises:
-        ValueError: if a pattern matches nothing or a layer is left out.
+        ValueError: if a pattern selects nothing, also because others come first, or a layer is
+            left out.
     """
+    first = {}  # the pattern that counts, by path
     for pattern in sizes:
-        if not _matches("kernel_size", pattern, targets):
+        matches = matching("kernel_size", pattern, targets, layers, taken=first)
+        earlier = {first[path]: None for path in matches if path in first}
+        if all(path in first for path in matches):
             raise ValueError(
-                f"`kernel_size` has a pattern that matches nothing. Received: {pattern!r}. It "
-                f"could have matched {_listed(targets)}."
+                f"`kernel_size` must have the pattern {shortened(repr(pattern))} before "
+                f"{joined(shortened(repr(p)) for p in earlier)}, or not at all: the first that "
+                f"matches a layer counts, and of {listed(matches, layers)} none is left. "
+                f"Received: kernel_size={shortened(repr(sizes))}"
             )
-    chosen = {}
-    for path in targets:
-        size = next((size for pattern, size in sizes.items() if re.search(pattern, path)), None)
-        if size is None:
-            raise ValueError(
-                "`kernel_size` must have a pattern for every targeted layer; the first that "
-                f'matches counts, and a last ".*" matches the rest. Received: {sizes!r}, which '
-                f"leaves out '{path}'."
-            )
-        chosen[path] = size
-    return chosen
+        first.update((path, pattern) for path in matches if path not in first)
+    missing = [path for path in targets if path not in first]
+    if missing:
+        raise ValueError(
+            '`kernel_size` must have a pattern for every targeted layer; a last ".*" matches the '
+            f"rest. Received: kernel_size={shortened(repr(sizes))}, which leaves out "
+            f"{listed(missing, layers)}."
+        )
+    return {path: sizes[first[path]] for path in targets}
 
 
 def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
@@ -279,16 +212,16 @@ def narrower_than(kernel_sizes: dict, targets: dict) -> dict:
     return {path: shape for path, shape in shapes.items() if kernel_sizes[path] > min(shape)}
 
 
-def _check_widths(sizes, kernel_sizes, targets):
+def _check_widths(sizes, kernel_sizes, targets, layers):
     too_small = narrower_than(kernel_sizes, targets)
     if too_small:
-        names = _pattern(*too_small)
-        shapes = ", ".join(f"'{path}' ({m} x {n})" for path, (m, n) in too_small.items())
+        names = naming(too_small, layers)
+        shapes = joined(f"{named(p, layers[p])} ({m} x {n})" for p, (m, n) in too_small.items())
         raise ValueError(
-            "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel. "
-            f"Received: kernel_size={sizes.get('', sizes)} for {shapes}. Leave such layers frozen "
-            f"with `exclude_layers={names}` or train them in full with "
-            f"`trainable_layers={names}`."
+            "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel: "
+            f"take {min(map(min, too_small.values()))} at most, leave such layers frozen with "
+            f"`exclude_layers={names}` or train them in full with `trainable_layers={names}`. "
+            f"Received: kernel_size={shortened(repr(sizes.get('', sizes)))} for {shapes}."
         )
 
 
@@ -300,49 +233,52 @@ def check_adaptable(targets: dict, layers: dict):
         layers: dict of all layers of the model, by path.
     """
     for path, layer in targets.items():
-        _check_class(path, layer)
-        _check_weight(path, layer)
+        leave_out = f"Leave it out with `exclude_layers={naming([path], layers)}`."
+        _check_class(named(path, layer), layer, leave_out)
+        _check_weight(named(path, layer), layer, leave_out)
     _check_wrappers(targets, layers)
     _check_ties(targets, layers)
 
 
-def _check_class(path, layer):
-    cls, leave_out = type(layer), f"Leave it out with `exclude_layers={_pattern(path)}`."
+def _check_class(name, layer, leave_out):
+    cls = type(layer)
     if _holds_experts(layer):
         raise ValueError(
-            f"Layer '{path}' of type {cls.__name__} holds one matrix per expert, which DCFT does "
-            f"not adapt: its code computes with these weights itself. {leave_out}"
+            f"{leave_out} Layer {name} of type {cls.__name__} holds one matrix per expert, which "
+            "DCFT does not adapt: its code computes with these weights itself."
         )
     if not isinstance(layer, tuple(DCFT_CLASSES)):
-        raise ValueError(f"Layer '{path}' is no dense or embedding layer: {layer!r}")
+        raise ValueError(f"Layer {name} is no dense or embedding layer. Received: {cls.__name__}")
     if dcft_class(cls) is None:
         base = next(base for base in DCFT_CLASSES if issubclass(cls, base))
         names = " and ".join(f"`{name}`" for name in overridden(cls, base))
         raise ValueError(
-            f"Layer '{path}' is of type {cls.__name__}, a subclass of {base.__name__} with its own "
-            f"{names}, which an adapted layer would not use. {leave_out}"
+            f"{leave_out} Layer {name} is of type {cls.__name__}, a subclass of {base.__name__} "
+            f"with its own {names}, which an adapted layer would not use."
         )
 
 
-def _check_weight(path, layer):
+def _check_weight(name, layer, leave_out):
     if not layer.built:
-        raise ValueError(f"Layer '{path}' cannot be adapted before it is built.")
+        raise ValueError(f"Call the model on data first. Layer {name} is not built.")
     if layer.lora_enabled:
         raise ValueError(
-            f"Layer '{path}' has Keras LoRA enabled; a layer is adapted either with LoRA or with "
-            "DCFT. Load the model without LoRA first."
+            f"Load the model without LoRA first. Layer {name} has Keras LoRA enabled; a layer is "
+            "adapted either with LoRA or with DCFT."
         )
-    for name in ("kernel_constraint", "embeddings_constraint"):
-        if getattr(layer, name, None) is not None:
+    for argument in ("kernel_constraint", "embeddings_constraint"):
+        constraint = getattr(layer, argument, None)
+        if constraint is not None:
             raise ValueError(
-                f"Layer '{path}' has a {name.split('_')[0]} constraint, which a frozen weight plus "
-                f"increment would not obey. Received: {name}={getattr(layer, name)!r}"
+                f"{leave_out} Layer {name} has a {argument.split('_')[0]} constraint, which a "
+                "frozen weight plus increment would not obey. "
+                f"Received: {argument}={shortened(repr(constraint))}"
             )
     if isinstance(layer, keras.layers.EinsumDense):
         try:
             einsum_axes(layer.equation)
         except ValueError as error:
-            raise ValueError(f"Layer '{path}' cannot be adapted: {error}") from error
+            raise ValueError(f"{leave_out} Layer {name} cannot be adapted: {error}") from error
 
 
 def _check_wrappers(targets, layers):
@@ -352,9 +288,9 @@ def _check_wrappers(targets, layers):
             path = target_ids.get(id(wrapper.layer))
             if path is not None:
                 raise ValueError(
-                    f"Layer '{path}' is inside SpectralNormalization, which rewrites the kernel "
-                    "that DCFT keeps frozen. Leave it out with "
-                    f"`exclude_layers={_pattern(path)}`."
+                    f"Leave it out with `exclude_layers={naming([path], layers)}`. Layer "
+                    f"{named(path, layers[path])} is inside SpectralNormalization, which rewrites "
+                    "the kernel that DCFT keeps frozen."
                 )
 
 
@@ -368,9 +304,10 @@ def _check_ties(targets, layers):
         for other in shared.get(id(weight_of(layer)), []):
             if other not in targets or _view(layers[other]) != _view(layer):
                 raise ValueError(
-                    f"Layers '{path}' and '{other}' share one weight, so they can only be adapted "
-                    "together, and only if they use it in the same way. Leave them out with "
-                    f"`exclude_layers={_pattern(path, other)}` or name both in `target_layers`."
+                    f"Leave them out with `exclude_layers={naming([path, other], layers)}` or name "
+                    f"both in `target_layers`. Layers {named(path, layer)} and "
+                    f"{named(other, layers[other])} share one weight, so they can only be adapted "
+                    "together, and only if they use it in the same way."
                 )
 
 
@@ -380,8 +317,9 @@ def _check_shared_sizes(kernel_sizes, targeted):
         owner = owners.setdefault(id(weight_of(layer)), path)
         if kernel_sizes[path] != kernel_sizes[owner]:
             raise ValueError(
-                f"`kernel_size` must be the same for '{owner}' and '{path}', which share one "
-                f"weight. Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
+                f"`kernel_size` must be the same for {named(owner, targeted[owner])} and "
+                f"{named(path, layer)}, which share one weight. "
+                f"Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
             )
 
 
@@ -395,13 +333,3 @@ def _holds_experts(layer) -> bool:
         len(variable.shape) == 3 and min(variable.shape) > 1
         for variable in keras_internals.own_weights(layer)
     )
-
-
-def _pattern(*paths):
-    return [f"^{re.escape(path)}$" for path in paths]
-
-
-def _listed(paths, most=20):
-    paths = list(paths)
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(f"'{path}'" for path in paths[:most]) + more

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_dcft.hub import task_backbone
-from keras_dcft.models import dcft_layers
+from keras_dcft.paths import dcft_layers, other_name
 from keras_dcft.planning import checked_model
 
 
@@ -47,8 +47,9 @@ def dcft_summary(model: keras.Model, print_fn=None):
     table.add_column("Share", justify="right")
     for path, layer in layers.items():
         adapter = layer.dcft_adapter
+        name = other_name(path, layer)
         table.add_row(
-            path,
+            f"{path} (Keras: {name})" if name else path,
             " x ".join(map(str, layer.dcft_weight_shape_of(layer))),
             str(adapter.settings.kernel_size),
             str(adapter.settings.rank),

@@ -86,10 +86,16 @@ def fresh(initializer):
     return initializer.clone() if is_keras_own else initializer
 
 
+def shortened(text: str, most: int = 150) -> str:
+    """A text for a message, without its middle where it is long."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
 def checked_positive_int(name, value) -> int:
     """An int, NumPy's as well; TypeError for what is none (or a bool), ValueError below 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}")
+        raise TypeError(f"`{name}` must be an int. Received: {name}={shortened(repr(value))}")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
     return int(value)
@@ -98,5 +104,5 @@ def checked_positive_int(name, value) -> int:
 def checked_number(name, value) -> float:
     """A float; TypeError for what is no number (or a bool)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
+        raise TypeError(f"`{name}` must be a number. Received: {name}={shortened(repr(value))}")
     return float(value)

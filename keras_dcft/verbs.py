@@ -9,8 +9,9 @@ import numpy as np
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
-from keras_dcft.models import adapt, carry, dcft_layers, release, release_all, trained_in_full
-from keras_dcft.planning import checked_model, plan_adaptation, walk
+from keras_dcft.models import adapt, carry, release, release_all, trained_in_full
+from keras_dcft.paths import dcft_layers, joined, walk
+from keras_dcft.planning import checked_model, plan_adaptation
 from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
@@ -135,7 +136,7 @@ def _warn_of_integers(task):
     ]
     if integers:
         warnings.warn(
-            f"The quantized weights of {integers}, outside of the backbone, cannot be trained. "
+            f"The quantized weights of {joined(integers)}, outside of the backbone, cannot be trained. "
             "Quantize `task.backbone` instead of the task to have its head trained in full.",
             stacklevel=4,
         )
@@ -174,7 +175,8 @@ def merge_dcft(model: keras.Model) -> keras.Model:
         raise ValueError(
             "Save the adapter with `save_dcft_weights`, load it into the model before it was "
             "quantized, merge there, and quantize that: base plus increment would be rounded to "
-            f"integers a second time. Received: `model` with quantized layers {quantized}."
+            "integers a second time. Received: `model` with quantized layers "
+            f"{joined(quantized)}."
         )
     for path, layer in layers.items():
         layer.dcft_adapter.check_finite(path)
@@ -245,7 +247,7 @@ def _own_dcft_layers(model):
         raise ValueError(_nothing_adapted(model))
     unbuilt = [path for path, layer in layers.items() if not layer.built]
     if unbuilt:
-        raise ValueError(f"Build `model` first. Received: layers {unbuilt}, not built.")
+        raise ValueError(f"Build `model` first. Received: layers {joined(unbuilt)}, not built.")
     if any(selection.is_off(layer.dcft_filter) for layer in layers.values()):
         raise ValueError("`model` cannot be merged or removed inside `dcft_disabled`.")
     return layers

@@ -20,7 +20,7 @@ from tools import (
 from keras_dcft import PAPER_RECIPE, DCFTDense, DCFTEinsumDense, enable_dcft, remove_dcft
 from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.layers.base import DCFTLayer
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 
 # Keras runs TensorFlow graphs through an optimizer that fuses a product with its bias and
 # activation, which rounds otherwise than the separate operations; everything else is exact.

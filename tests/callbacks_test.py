@@ -53,6 +53,82 @@ def test_the_mode_follows_from_the_name():
         assert DCFTCheckpoint("a.dcft.safetensors", monitor=monitor).mode == mode
 
 
+class Without(keras.metrics.Mean):
+    """A user's own metric, of which nothing says whether more is better."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(keras.ops.mean(y_pred - y_true))
+
+
+class More(Without):
+    _direction = "up"
+
+
+class Less(Without):
+    _direction = "down"
+
+
+def two_outputs():
+    inputs = keras.Input((12,))
+    outputs = [keras.layers.Dense(9, name=name)(inputs) for name in ("left", "right")]
+    return keras.Model(inputs, outputs)
+
+
+def fit_with(metrics, monitor, path, model=None, **options):
+    model = enable_dcft(model or sequential(), kernel_size=4)
+    model.compile("adam", "mse", metrics=metrics)
+    targets = [np.ones((4, 9))] * len(model.outputs)
+    data = vectors(), targets if len(targets) > 1 else targets[0]
+    callback = DCFTCheckpoint(path, monitor=monitor, save_best_only=True, **options)
+    model.fit(*data, validation_data=data, epochs=2, verbose=0, callbacks=[callback])
+    assert path.exists()
+    return callback.mode
+
+
+@pytest.mark.parametrize(
+    ("metrics", "monitor", "mode"),
+    [
+        (["accuracy"], "val_accuracy", "max"),
+        (["acc"], "acc", "max"),
+        (["mse"], "val_mse", "min"),
+        ([keras.metrics.F1Score("macro", name="quality")], "val_quality", "max"),
+        ([keras.metrics.MeanAbsoluteError(name="away")], "val_away", "min"),
+        ([keras.losses.huber], "val_huber", "min"),
+        ([More(name="matthews_correlation")], "val_matthews_correlation", "max"),
+        ([Less(name="accuracy")], "val_accuracy", "min"),
+        ([Without(name="accuracy")], "val_accuracy", "max"),
+        ([Without(name="other_loss")], "val_other_loss", "min"),
+    ],
+)
+def test_the_mode_is_the_metrics_own(metrics, monitor, mode, tmp_path):
+    assert fit_with(metrics, monitor, tmp_path / "a.dcft.safetensors") == mode
+
+
+def test_the_mode_of_an_outputs_metric(tmp_path):
+    metrics = {"left": [More(name="even")], "right": [Less(name="odd")]}
+    path = tmp_path / "a.dcft.safetensors"
+    assert fit_with(metrics, "val_left_even", path, two_outputs()) == "max"
+    assert fit_with(metrics, "val_right_odd", path, two_outputs()) == "min"
+
+
+def test_the_mode_of_a_metric_that_the_model_holds(tmp_path):
+    model = enable_dcft(sequential(), kernel_size=4)
+    model.even = More(name="even")
+    callback = DCFTCheckpoint(tmp_path / "a.dcft.safetensors", monitor="even")
+    fit(callback, epochs=1, model=model)
+    assert callback.mode == "max"
+
+
+@pytest.mark.parametrize("metrics", [[Without(name="matthews_correlation")], None])
+def test_a_mode_that_nothing_tells_has_to_be_said(metrics, tmp_path):
+    path, monitor = tmp_path / "a.dcft.safetensors", "val_matthews_correlation"
+    with pytest.raises(ValueError, match=r"`mode` must be \"max\" or \"min\".*matthews"):
+        fit_with(metrics, monitor, path)
+    assert not path.exists()
+    if metrics:
+        assert fit_with(metrics, monitor, path, mode="max") == "max"
+
+
 @pytest.mark.parametrize("name", ["best.dcft.safetensors", "[1]{epoch}.dcft.safetensors"])
 def test_a_training_that_goes_on_knows_the_value_to_beat(name, tmp_path):
     options = {"monitor": "val_accuracy", "save_best_only": True}

@@ -19,7 +19,7 @@ from keras_dcft import (
     save_dcft_weights,
 )
 from keras_dcft.adapter import ADAPTER_VARIABLES
-from keras_dcft.planning import walk
+from keras_dcft.paths import walk
 
 IDS = np.array([[0, 3, 18], [22, 7, 7]])
 

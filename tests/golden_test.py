@@ -10,7 +10,7 @@ from golden.write import ADAPTERS, MODELS, predict, task
 
 from keras_dcft import load_dcft_weights, remove_dcft
 from keras_dcft.files import read_notes
-from keras_dcft.models import dcft_layers
+from keras_dcft.paths import dcft_layers
 
 V1 = Path(__file__).parent / "golden" / "v1"
 

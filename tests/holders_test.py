@@ -35,7 +35,7 @@ from keras_dcft import (
     save_dcft_weights,
 )
 from keras_dcft.layers.base import DCFTLayer
-from keras_dcft.models import dcft_layers
+from keras_dcft.paths import dcft_layers
 
 
 @keras.saving.register_keras_serializable("keras_dcft_tests")

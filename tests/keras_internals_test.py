@@ -176,3 +176,15 @@ def test_own_weights_are_those_of_the_layer_alone():
     assert keras_internals.own_weights(model) == []
     layer = built(keras.layers.BatchNormalization())
     assert keras_internals.own_weights(layer) == layer.weights
+
+
+def test_metrics_tell_their_direction_before_they_are_built():
+    model = sequential()
+    metrics = [keras.metrics.F1Score(name="f"), keras.losses.huber, "acc"]
+    model.compile(metrics=[metrics], weighted_metrics=["mae", lambda y, p: p])
+    direction = {
+        n: keras_internals.metric_direction(model, n) for n in ("f", "huber", "acc", "mae")
+    }
+    assert direction == {"f": "up", "huber": "down", "acc": "up", "mae": "down"}
+    assert keras_internals.metric_direction(model, "loss") is None
+    assert keras_internals.metric_direction(model, "no such") is None

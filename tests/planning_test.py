@@ -1,10 +1,13 @@
+import json
+
 import keras
 import numpy as np
 import pytest
 from tools import array, bert_backbone, bert_classifier, sequential
 
 from keras_dcft import DCFTDense, enable_dcft
-from keras_dcft.planning import plan_adaptation, walk
+from keras_dcft.paths import walk
+from keras_dcft.planning import plan_adaptation
 
 SETTINGS = {"rank": 1, "alpha": 4.0, "dropout": 0.0, "orthogonality": 0.0}
 
@@ -180,10 +183,24 @@ def with_spectral_normalization():
         (sequential, {"kernel_size": True}, TypeError, "Received: kernel_size=True"),
         (sequential, {"kernel_size": 8.0}, TypeError, "Received: kernel_size=8.0"),
         (sequential, {"kernel_size": "8"}, TypeError, "Received: kernel_size='8'"),
+        (sequential, {"kernel_size": [8]}, TypeError, "an int, or a dict of regular expressions"),
+        (sequential, {"kernel_size": {4: 8}}, TypeError, "Received: kernel_size=8 at 4"),
         (sequential, {"kernel_size": {}}, ValueError, "Received: kernel_size={}"),
         (sequential, {"kernel_size": {"dense": 2.5}}, TypeError, "Received: kernel_size=2.5"),
         (sequential, {"kernel_size": {"nothing": 2}}, ValueError, "matched 'dense', 'dense_1'"),
         (sequential, {"kernel_size": {"dense_1": 2}}, ValueError, "leaves out 'dense'"),
+        (
+            sequential,
+            {"kernel_size": {"dense": 2, "e_1": 4}},
+            ValueError,
+            "pattern 'e_1' before 'dense', or not at all",
+        ),
+        (
+            sequential,
+            {"kernel_size": {"dense$": 2, "e_1": 4, ".*": 2}},
+            ValueError,
+            r"pattern '\.\*' before 'dense\$', 'e_1', or",
+        ),
         (sequential, {"rank": True}, TypeError, "Received: rank=True"),
         (sequential, {"rank": 0}, ValueError, "Received: rank=0"),
         (sequential, {"alpha": "4"}, TypeError, "Received: alpha='4'"),
@@ -192,6 +209,9 @@ def with_spectral_normalization():
         (sequential, {"target_layers": "query"}, ValueError, "matched 'dense', 'dense_1'"),
         (sequential, {"target_layers": ["dense", "query"]}, ValueError, "Received: 'query'"),
         (sequential, {"target_layers": "("}, ValueError, "valid regular expressions"),
+        (sequential, {"target_layers": []}, ValueError, "leave it out to adapt every dense layer"),
+        (without_dense, {"target_layers": "dense"}, ValueError, "matched no layer"),
+        (without_dense, {"target_layers": "norm"}, ValueError, "of type LayerNormalization, which"),
         (sequential, {"target_layers": 3}, TypeError, "Received: target_layers=3"),
         (sequential, {"target_layers": [3]}, TypeError, r"Received: target_layers=\[3\]"),
         (sequential, {"target_layers": lambda layer: False}, ValueError, "selects nothing"),
@@ -235,3 +255,28 @@ def test_enabling_twice_is_refused():
         enable_dcft(model, kernel_size=4)
         with pytest.raises(ValueError, match="already has DCFT layers"):
             enable_dcft(model, kernel_size=4)
+
+
+def test_the_numbers_of_numpy_are_numbers():
+    model = enable_dcft(
+        sequential(),
+        kernel_size={"dense_1": np.int64(2), ".*": np.int32(4)},
+        rank=np.int64(2),
+        alpha=np.float32(8),
+        dropout=np.float64(0.5),
+        orthogonality=np.float16(0.25),
+    )
+    config = model.dcft_config
+    assert json.loads(json.dumps(config)) == config
+    assert config["layers"] == {"dense": 4, "dense_1": 2}
+    assert (config["rank"], config["alpha"]) == (2, 8.0)
+    for value in [*config["layers"].values(), config["rank"]]:
+        assert type(value) is int
+    assert type(config["orthogonality"]) is float
+    assert list(plan(sequential(), kernel_size=np.uint8(3))["layers"].values()) == [3, 3]
+
+
+@pytest.mark.parametrize("kernel_size", [np.float32(8), np.bool_(True), np.array([8])])
+def test_what_is_no_int_of_numpy_is_refused(kernel_size):
+    with pytest.raises(TypeError, match="`kernel_size` must be an int"):
+        enable_dcft(sequential(), kernel_size=kernel_size)

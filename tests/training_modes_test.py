@@ -18,7 +18,7 @@ from tools import (
 )
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, remove_dcft, save_dcft_weights
-from keras_dcft.models import dcft_layers
+from keras_dcft.paths import dcft_layers
 
 pytestmark = pytest.mark.compiled
 

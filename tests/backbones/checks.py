@@ -12,8 +12,7 @@ from tools import array, randomize_adapters, values
 import backbones
 from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
 from keras_dcft.adapter import ADAPTER_VARIABLES
-from keras_dcft.models import dcft_layers
-from keras_dcft.planning import walk
+from keras_dcft.paths import dcft_layers, walk
 from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
 
 # Layers of these tiny backbones to which no gradient comes.
