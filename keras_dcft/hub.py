@@ -17,6 +17,7 @@ from keras_dcft.models import (
     special_classes,
 )
 from keras_dcft.paths import walk
+from keras_dcft.reclassing import MadeClass
 from keras_dcft.settings import AdapterSettings
 
 keras_hub = importlib.import_module("keras_hub") if importlib.util.find_spec("keras_hub") else None
@@ -46,7 +47,7 @@ class AdaptedBackbone(AdaptedModel):
         return self.dcft_base_class.get_build_config(self)
 
 
-class _StandsForItsBase(type):
+class _StandsForItsBase(MadeClass):
     """Has a task of the plain class, made around an adapted backbone, pass for one of the made.
 
     A preset names the class of the backbone, by which KerasHub finds the made class of the task,

@@ -242,8 +242,32 @@ def put_value_back(variable, kept):
 
 
 def strategy_scope(model):
-    """To be written."""
-    return contextlib.nullcontext()
+    """The scope of the TensorFlow strategy that a model was made in; elsewhere one of no effect.
+
+    Variables and optimizers of a mirrored model must be made in it. A Keras model knows its
+    strategy by a property that is not documented.
+    """
+    if keras.config.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    strategies = [
+        strategy
+        for layer in model._flatten_layers()
+        if (strategy := getattr(layer, "_distribute_strategy", None)) is not None
+    ]
+    return strategies[0].scope() if strategies else contextlib.nullcontext()
+
+
+def track_torch_parameters(layers):
+    """Makes PyTorch see the present variables of these layers; does nothing on other backends.
+
+    `parameters()` and `state_dict()` of a layer, and of a PyTorch module around it, go by a
+    `ParameterDict` of all variables in it that was made when it was built. Keras keeps up to date
+    only that of the layer to which a variable is added, not those of the layers around it, and
+    offers no public way to make it anew.
+    """
+    for layer in layers:
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
 
 
 def set_mask(tensor, mask):

@@ -32,6 +32,8 @@ COMMON = ("rank", "alpha", "dropout", "orthogonality")
 class Carried:
     """Mixin of all made classes: what they write is the original and what was done to it."""
 
+    dcft_is_always_root = False
+
     def get_config(self):
         plain = keras.saving.serialize_keras_object(freezing.plain_view(self))
         plain.pop("compile_config", None)
@@ -83,8 +85,6 @@ class AwaitsBuilding(Carried):
 
 class AdaptedModel(Touched):
     """Mixin of models that are adapted or hold adapted layers."""
-
-    dcft_is_always_root = False
 
     def __init__(self, model=None, dcft=None, **kwargs):
         # Only for its signature, the config's, by which `clone_model` sees that an adapted
@@ -153,21 +153,20 @@ def carrying_class(cls, *mixins, is_root=False):
     """
     mixin = AdaptedModel if issubclass(cls, keras.Model) else Touched
     mixin, attributes = special_classes.get(cls, (mixin, {}))
-    is_root = is_root or getattr(mixin, "dcft_is_always_root", False)
     is_dcft = any(issubclass(mixin, DCFTLayer) for mixin in mixins)
+    name = f"DCFT{cls.__name__}" if is_root or is_dcft or mixin.dcft_is_always_root else None
     if is_dcft:
-        mixins = (Carried, *mixins)
-    elif AwaitsBuilding not in mixins:
-        mixins = (*mixins, mixin)
-    name = f"DCFT{cls.__name__}" if is_root or is_dcft else None
-    made = made_class(cls, *mixins, name=name, **attributes)
-    # All are saved under the one name that a new process knows, and any of them can load it.
-    saved_as = f"DCFT{cls.__name__}" if cls in special_classes else DCFTModel.__name__
-    keras.saving.register_keras_serializable(PACKAGE, saved_as)(made)
-    if cls in special_classes and not is_root:
-        # Of two classes of one name the last is found.
-        root = carrying_class(cls, is_root=True)
-        keras.saving.register_keras_serializable(PACKAGE, saved_as)(root)
+        bases = (Carried, *mixins)
+    else:
+        bases = mixins if AwaitsBuilding in mixins else (*mixins, mixin)
+    made = made_class(cls, *bases, name=name, **attributes)
+    # All are saved under the one name that a new process knows, and any of them can load it; of
+    # several classes of one name Keras finds the last.
+    is_special = cls in special_classes
+    saved_as = f"DCFT{cls.__name__}" if is_special else DCFTModel.__name__
+    main = made_class(cls, mixin, name=saved_as, **attributes) if is_special else DCFTModel
+    for registered in (made, main):
+        keras.saving.register_keras_serializable(PACKAGE, saved_as)(registered)
     return made
 
 
@@ -223,6 +222,7 @@ def adapt(model, config: dict, factor_initializer=None, filter_initializer=None)
     except BaseException:  # an interrupt from the keyboard as well
         release(touched.values())
         raise
+    keras_internals.track_torch_parameters(layers.values())
 
 
 def _check_paths(model, config, layers):
@@ -260,7 +260,8 @@ def _freeze_or_wake(layer, awake):
             variable.trainable = True
     else:
         freezing.freeze_variables(layer)
-    is_awake = any(id(part) in awake for part in layer._flatten_layers())
+    below = layer._flatten_layers()
+    is_awake = any(id(part) in awake or isinstance(part, DCFTLayer) for part in below)
     keras_internals.set_trainable_flag(layer, is_awake)
     if is_awake or layer.weights or not layer.built:
         _carry(layer, *(() if is_awake else (freezing.Frozen,)))

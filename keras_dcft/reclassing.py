@@ -4,6 +4,7 @@ Objects stay where they are and change their class, as PyTorch's `fully_shard` d
 knows the class that it was made of as `dcft_base_class`.
 """
 
+import copyreg
 import functools
 
 import keras
@@ -25,6 +26,25 @@ DENSE_CLASSES = (keras.layers.Dense, keras.layers.EinsumDense)
 REPLACED = ("__call__", "call", "quantized_call", "kernel", "embeddings", "quantize")
 
 
+class MadeClass(type):
+    """The class of made classes, which pickle makes anew in another process."""
+
+
+def _pickled(cls):
+    is_made = "dcft_recipe" in vars(cls)
+    return (cls.dcft_recipe, ()) if is_made else cls.__qualname__
+
+
+@functools.cache
+def _metaclass(*classes):
+    """The class of a made class of objects of these classes, one of which may be an `ABCMeta`."""
+    made = next((cls for cls in classes if issubclass(cls, MadeClass)), MadeClass)
+    others = [cls for cls in classes if not issubclass(made, cls)]
+    made = type(made.__name__, (made, *others), {}) if others else made
+    copyreg.pickle(made, _pickled)
+    return made
+
+
 @functools.cache
 def made_class(cls, *mixins, name=None, **attributes):
     """The class of a changed object of a class, made once.
@@ -35,13 +55,16 @@ def made_class(cls, *mixins, name=None, **attributes):
         name: str, the name; that of the class if None, by which Keras names weights in files.
         **attributes: class attributes.
     """
+    recipe = functools.partial(made_class, cls, *mixins, name=name, **attributes)
     attributes = {
         "dcft_base_class": cls,
-        "__module__": cls.__module__,
+        "dcft_recipe": staticmethod(recipe),
+        "__module__": __name__,
         "__doc__": cls.__doc__,
         **attributes,
     }
-    return type(cls)(name or cls.__name__, (*mixins, cls), attributes)
+    metaclass = _metaclass(*{type(base): None for base in (*mixins, cls)})
+    return metaclass(name or cls.__name__, (*mixins, cls), attributes)
 
 
 def dcft_class(cls):

@@ -118,9 +118,16 @@ def adapt_and_reset(model, part, config, *initializers):
             carry(holders)
         except BaseException:  # an interrupt from the keyboard as well
             release([model, *walk(model).values()])
+            keras_internals.track_torch_parameters([model, *walk(model).values()])
             raise
-        for holder in holders:
-            keras_internals.reset_compiled_state(holder)
+        _reset(holders)
+
+
+def _reset(holders):
+    """Makes models compile anew, and PyTorch see their present variables."""
+    for holder in holders:
+        keras_internals.reset_compiled_state(holder)
+        keras_internals.track_torch_parameters([holder, *walk(holder).values()])
 
 
 def _holders(model, layers):
@@ -136,8 +143,8 @@ def _warn_of_integers(task):
     ]
     if integers:
         warnings.warn(
-            f"The quantized weights of {joined(integers)}, outside of the backbone, cannot be trained. "
-            "Quantize `task.backbone` instead of the task to have its head trained in full.",
+            f"The quantized weights of {joined(integers)}, outside of the backbone, cannot be "
+            "trained. Quantize `task.backbone` instead to have the task's head trained in full.",
             stacklevel=4,
         )
 
@@ -260,5 +267,4 @@ def _release(model, layers, merge=False):
             for layer in layers.values():
                 layer.dcft_merge()
         release_all(model, holders, put_back=not merge)
-        for holder in holders:
-            keras_internals.reset_compiled_state(holder)
+        _reset(holders)

@@ -133,8 +133,8 @@ def test_another_root_comes_back_from_files_clones_and_pickles(kind, tmp_path):
     clone = keras.models.clone_model(root)
     assert list(dcft_layers(clone)) == list(dcft_layers(root))
     clone.set_weights(root.get_weights())
-    for model in (*restored, clone):
-        np.testing.assert_array_equal(predict(model, inputs), expected)
+    for how, model in zip(("file", "pickle", "clone"), (*restored, clone)):
+        np.testing.assert_array_equal(predict(model, inputs), expected, err_msg=how)
         assert list(dcft_layers(model)) == list(dcft_layers(root))
         names = [v.path.split("/")[-1] for v in root.trainable_variables]
         for _ in range(2):
@@ -295,8 +295,8 @@ def test_lora_is_refused_before_anything_is_frozen(kind):
 def test_models_and_their_layers_are_pickled(kind):
     model, inputs = enable_dcft(MODELS[kind][0](), kernel_size=4), MODELS[kind][1]()
     randomize_adapters(model)
-    restored = pickle.loads(pickle.dumps(model))
-    assert type(restored) is type(model)
+    restored, cls = pickle.loads(pickle.dumps((model, type(model))))
+    assert cls is type(restored) is type(model)
     np.testing.assert_array_equal(predict(restored, inputs), predict(model, inputs))
     if kind in ("task", "backbone"):
         return
