@@ -11,7 +11,7 @@ import itertools
 
 import keras
 from keras import ops
-from keras.src.backend.common import masking, stateless_scope
+from keras.src.backend.common import global_state, masking, stateless_scope
 from keras.src.trainers import compile_utils
 from keras.src.utils import naming, tracking
 
@@ -268,6 +268,18 @@ def track_torch_parameters(layers):
     for layer in layers:
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
+
+
+def check_config_is_for_keras_file():
+    """Raises ValueError while Keras writes a whole model as HDF5, which nothing public tells.
+
+    Such a file has the weights without their names, in an order that adapting changes.
+    """
+    if global_state.get_global_attribute("use_legacy_config"):
+        raise ValueError(
+            "Save models with adapted layers as `.keras`: an HDF5 file of a whole model cannot "
+            "hold them."
+        )
 
 
 def set_mask(tensor, mask):

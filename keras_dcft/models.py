@@ -13,9 +13,12 @@ kernel size), `roots` (the paths below which everything is adapted, trained or f
 `freezing.special_flags`) and `parts` (the paths of what was adapted as a whole; usually the model).
 """
 
+import contextlib
 import functools
 
+import h5py  # Keras's own files are read with it
 import keras
+from keras import ops
 
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.freezing import Before, is_touched
@@ -35,6 +38,7 @@ class Carried:
     dcft_is_always_root = False
 
     def get_config(self):
+        keras_internals.check_config_is_for_keras_file()
         plain = keras.saving.serialize_keras_object(freezing.plain_view(self))
         plain.pop("compile_config", None)
         return {"model": plain, "dcft": config_of(self)}
@@ -108,6 +112,18 @@ class AdaptedModel(Touched):
             )
         return super().save(filepath, *args, **kwargs)
 
+    def load_weights(self, filepath, *args, **kwargs):
+        """As Keras's; takes files of the base model too, and changes nothing when it fails."""
+        before = [(v, ops.convert_to_numpy(v).copy()) for v in self.variables]
+        is_plain = str(filepath).endswith(".weights.h5") and not _holds_adapters(filepath)
+        try:
+            with _named_as_base(self) if is_plain else contextlib.nullcontext():
+                super().load_weights(filepath, *args, **kwargs)
+        except BaseException:
+            for variable, value in before:
+                variable.assign(value)
+            raise
+
     def predict(self, *args, **kwargs):
         with selection.calls.running():
             return super().predict(*args, **kwargs)
@@ -129,6 +145,26 @@ class AdaptedModel(Touched):
             f"<{type(self).__name__} name={self.name}, built={self.built}, {len(config['layers'])} "
             f"DCFT layers of rank {config['rank']}, kernel size {sizes}>"
         )
+
+
+def _holds_adapters(path) -> bool:
+    with h5py.File(path) as file:
+        return bool(file.visit(lambda name: name.endswith("dcft_filter") or None))
+
+
+@contextlib.contextmanager
+def _named_as_base(model):
+    """Inside it all layers are called as the base's, which is how Keras finds them in files."""
+    layers = [model, *walk(model).values()]
+    changed = [(x, type(x)) for x in layers if isinstance(x, (Carried, DCFTLayer))]
+    for layer, cls in changed:
+        base = cls.dcft_base_class
+        layer.__class__ = made_class(cls, name=base.__name__, dcft_base_class=base)
+    try:
+        yield
+    finally:
+        for layer, cls in changed:
+            layer.__class__ = cls
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -182,6 +182,7 @@ class DCFTLayer:
         freezing.take_base_values(self, store)
 
     def get_config(self):
+        keras_internals.check_config_is_for_keras_file()
         config = self.dcft_base_class.get_config(freezing.plain_view(self))
         flags = freezing.special_flags(self)
         return {**config, **self.dcft_settings.config(), **({"dcft_flags": flags} if flags else {})}
