@@ -6,7 +6,7 @@ that is imported first; so the made classes of all of KerasHub's are made when t
 
 import importlib.util
 
-from keras_dcft import freezing, selection
+from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.models import (
     AdaptedModel,
     adapt,
@@ -17,7 +17,6 @@ from keras_dcft.models import (
     special_classes,
 )
 from keras_dcft.paths import walk
-from keras_dcft.reclassing import MadeClass
 from keras_dcft.settings import AdapterSettings
 
 keras_hub = importlib.import_module("keras_hub") if importlib.util.find_spec("keras_hub") else None
@@ -30,6 +29,10 @@ class AdaptedBackbone(AdaptedModel):
     """
 
     def get_config(self):
+        # By the class of the backbone in a preset KerasHub finds the made class of the task, and
+        # reads the task's own file only if it is of that: also of a task that is there only since
+        # the backbone was adapted.
+        carry(model for model in keras_internals.models_holding([self]) if is_task(model))
         plain = self.dcft_base_class.get_config(freezing.plain_view(self))
         return {**plain, "dcft": config_of(self)}
 
@@ -47,18 +50,7 @@ class AdaptedBackbone(AdaptedModel):
         return self.dcft_base_class.get_build_config(self)
 
 
-class _StandsForItsBase(MadeClass):
-    """Has a task of the plain class, made around an adapted backbone, pass for one of the made.
-
-    A preset names the class of the backbone, by which KerasHub finds the made class of the task,
-    and reads the task's own file only if its class is a subclass of that.
-    """
-
-    def __subclasscheck__(cls, subclass):
-        return super().__subclasscheck__(subclass) or subclass is vars(cls).get("dcft_base_class")
-
-
-class AdaptedTask(AdaptedBackbone, metaclass=_StandsForItsBase):
+class AdaptedTask(AdaptedBackbone):
     """Mixin of adapted tasks, whose config holds that of their adapted backbone."""
 
     dcft_is_always_root = True
@@ -110,7 +102,7 @@ def _make_classes():
             made = carrying_class(cls.backbone_cls, is_root=True)
             special_classes[cls] = (AdaptedTask, {"backbone_cls": made})
             carrying_class(cls, is_root=True)
-    keep_their_class.extend([keras_hub.models.Task, *keras_hub.models.Preprocessor.__bases__])
+    keep_their_class.extend(keras_hub.models.Preprocessor.__bases__)
 
 
 if keras_hub:

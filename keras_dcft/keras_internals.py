@@ -120,13 +120,14 @@ def view_as(layer, cls, without=()):
     hidden = {id(variable) for variable in without}
     for name in VARIABLE_LISTS:
         state[name] = [v for v in state[name] if id(v) not in hidden]
-    vars(view).update(state)
+    vars(view).update(state, dcft_is_view=True)
     return view
 
 
 def keep_state(layer, view):
     """Takes over what was set on a view, but for the lists that are the layer's own."""
-    vars(layer).update({k: v for k, v in vars(view).items() if k not in VARIABLE_LISTS})
+    of_the_view = (*VARIABLE_LISTS, "dcft_is_view")
+    vars(layer).update({k: v for k, v in vars(view).items() if k not in of_the_view})
 
 
 def track_variable(layer, variable):
@@ -245,16 +246,20 @@ def strategy_scope(model):
     """The scope of the TensorFlow strategy that a model was made in; elsewhere one of no effect.
 
     Variables and optimizers of a mirrored model must be made in it. A Keras model knows its
-    strategy by a property that is not documented.
+    strategy, and outside of any the present one, by a property that is not documented.
+
+    Raises:
+        ValueError: inside the scope of a strategy that the model was not made in.
     """
-    if keras.config.backend() != "tensorflow":
+    if keras.config.backend() != "tensorflow" or not isinstance(model, keras.Model):
         return contextlib.nullcontext()
-    strategies = [
-        strategy
-        for layer in model._flatten_layers()
-        if (strategy := getattr(layer, "_distribute_strategy", None)) is not None
-    ]
-    return strategies[0].scope() if strategies else contextlib.nullcontext()
+    own, present = model._distribute_strategy, keras.Model().distribute_strategy
+    if own is not present and not type(present).__name__.startswith("_Default"):
+        raise ValueError(
+            "Leave the scope of the strategy, or make the model in it: its variables do not "
+            f"belong to it. Received: model '{model.name}' in the scope of {present!r}"
+        )
+    return contextlib.nullcontext() if own is None else own.scope()
 
 
 def track_torch_parameters(layers):
@@ -366,6 +371,7 @@ def models_holding(layers) -> list:
         for candidate in gc.get_referrers(*(classes[key] for key in present))
         if id(type(candidate)) in present
         and hasattr(candidate, "_layers")
+        and "dcft_is_view" not in vars(candidate)
         and any(id(layer) in wanted for layer in candidate._flatten_layers())
     ]
 

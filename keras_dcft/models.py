@@ -173,7 +173,7 @@ class DCFTModel(AdaptedModel, keras.Model):
 
 
 # What hub.py knows: by KerasHub's classes the mixin and attributes of the made one, and the bases
-# of which a user's own class is kept, since its config holds the adapted backbone in any case.
+# of layers that keep their class, since they never have weights.
 special_classes = {}
 keep_their_class = []
 
@@ -305,12 +305,10 @@ def _freeze_or_wake(layer, awake):
 
 def _carry(layer, *mixins):
     """Gives an object its made class, if it has none."""
-    cls = type(layer)
-    if isinstance(layer, (Carried, DCFTLayer)) or (
-        isinstance(layer, tuple(keep_their_class)) and cls not in special_classes
-    ):
+    if isinstance(layer, (Carried, DCFTLayer, *keep_their_class)):
         return
-    layer.__class__ = carrying_class(cls, *mixins, is_root=freezing.is_root(layer))
+    is_root = freezing.is_root(layer)
+    layer.__class__ = carrying_class(type(layer), *mixins, is_root=is_root)
     if isinstance(layer, keras.Model):
         keras_internals.wrap_quantize(layer, check_quantization)
 

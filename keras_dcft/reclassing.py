@@ -26,22 +26,11 @@ DENSE_CLASSES = (keras.layers.Dense, keras.layers.EinsumDense)
 REPLACED = ("__call__", "call", "quantized_call", "kernel", "embeddings", "quantize")
 
 
-class MadeClass(type):
-    """The class of made classes, which pickle makes anew in another process."""
-
-
-def _pickled(cls):
-    is_made = "dcft_recipe" in vars(cls)
-    return (cls.dcft_recipe, ()) if is_made else cls.__qualname__
-
-
 @functools.cache
-def _metaclass(*classes):
-    """The class of a made class of objects of these classes, one of which may be an `ABCMeta`."""
-    made = next((cls for cls in classes if issubclass(cls, MadeClass)), MadeClass)
-    others = [cls for cls in classes if not issubclass(made, cls)]
-    made = type(made.__name__, (made, *others), {}) if others else made
-    copyreg.pickle(made, _pickled)
+def _metaclass(cls):
+    """A class of classes, as `type` or `ABCMeta`, that pickle makes anew in another process."""
+    made = type("Made", (cls,), {})
+    copyreg.pickle(made, lambda made_class: (made_class.dcft_recipe, ()))
     return made
 
 
@@ -63,8 +52,7 @@ def made_class(cls, *mixins, name=None, **attributes):
         "__doc__": cls.__doc__,
         **attributes,
     }
-    metaclass = _metaclass(*{type(base): None for base in (*mixins, cls)})
-    return metaclass(name or cls.__name__, (*mixins, cls), attributes)
+    return _metaclass(type(cls))(name or cls.__name__, (*mixins, cls), attributes)
 
 
 def dcft_class(cls):

@@ -216,9 +216,11 @@ def remove_dcft(model: keras.Model) -> keras.Model:
 def dcft_disabled(model: keras.Model):
     """Inside this context the model computes what its base model does; outside as before.
 
-    The filters are set to zero and put back, so functions that were compiled before see it as well,
-    nesting works, and `model` may be a part of an adapted model. What is saved inside holds the
-    adapters as they are outside. Training inside is lost for the filters.
+    What was trained is switched off, the head and `trainable_layers` too, for all threads and in
+    functions that were compiled before. Blocks are counted, so they may nest and overlap, and
+    `model` may be a part of an adapted model. In a function that is being traced, such as a
+    compiled `train_step` or `compute_loss`, what is traced inside the block is the base model. What
+    is saved inside is what was trained. Training inside is lost, but for the factors A and B.
 
     Args:
         model: a model with DCFT layers.

@@ -272,6 +272,29 @@ def test_a_task_put_around_an_adapted_backbone(tmp_path):
     ).shape == (len(TEXTS), 3)
 
 
+@keras.saving.register_keras_serializable("keras_dcft_tests")
+class OwnClassifier(keras_hub.models.BertTextClassifier):
+    """A user's own task."""
+
+
+def test_a_users_own_task_comes_back(tmp_path):
+    task = bert_classifier()
+    own = OwnClassifier(
+        backbone=task.backbone, num_classes=2, preprocessor=task.preprocessor, dropout=0.0
+    )
+    base = predict(own, TEXTS)
+    enable_dcft(own, kernel_size=4)
+    own.fit(TEXTS, LABELS, verbose=0)
+    expected = predict(own, TEXTS)
+    own.save(tmp_path / "m.keras")
+    restored = keras.saving.load_model(tmp_path / "m.keras")
+    assert isinstance(restored, OwnClassifier)
+    np.testing.assert_array_equal(predict(restored, TEXTS), expected)
+    for removed in (remove_dcft(restored), remove_dcft(own)):
+        assert type(removed) is OwnClassifier
+        np.testing.assert_array_equal(predict(removed, TEXTS), base)
+
+
 def test_a_backbone_of_a_larger_adapted_model_gives_a_preset(tmp_path):
     _, backbone, inputs = root_of("backbone of a larger model")
     expected = predict(backbone, inputs)

@@ -188,3 +188,44 @@ def test_metrics_tell_their_direction_before_they_are_built():
     assert direction == {"f": "up", "huber": "down", "acc": "up", "mae": "down"}
     assert keras_internals.metric_direction(model, "loss") is None
     assert keras_internals.metric_direction(model, "no such") is None
+
+
+def test_pytorch_sees_variables_that_were_added_below():
+    model = sequential()
+    layer = model.layers[0]
+    with keras_internals.unlocked(layer):
+        late = layer.add_weight(name="late", shape=(1,))
+    keras_internals.track_torch_parameters([model, *model.layers])
+    if keras.backend.backend() == "torch":
+        for module in (model, layer):
+            assert any(p is late.value for p in module.parameters())
+            assert any(late.path in name for name in module.state_dict())
+
+
+def test_a_whole_model_as_hdf5_is_known_while_it_is_written(tmp_path):
+    seen = []
+
+    class Asks(keras.layers.Dense):
+        def get_config(self):
+            try:
+                keras_internals.check_config_is_for_keras_file()
+            except ValueError:
+                seen.append("refused")
+            return super().get_config()
+
+    model = keras.Sequential([keras.Input((3,)), Asks(4)])
+    model.save(tmp_path / "m.keras")
+    assert seen == []
+    model.save(tmp_path / "m.h5")
+    assert seen
+
+
+def test_a_value_is_exchanged_and_put_back():
+    variable = keras.Variable(np.ones(3, "float32"))
+    kept = keras_internals.exchange_value(variable, np.zeros(3, "float32"))
+    assert array(variable).tolist() == [0, 0, 0]
+    keras_internals.put_value_back(variable, kept)
+    assert array(variable).tolist() == [1, 1, 1]
+    kept = keras_internals.exchange_value(variable, np.zeros(3, "float32"))
+    keras_internals.put_value_back(variable, keras_internals.kept_value(kept, [2.0, 2.0, 2.0]))
+    assert array(variable).tolist() == [2, 2, 2]
