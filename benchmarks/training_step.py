@@ -318,8 +318,8 @@ def apply_method(task, method):
         enable_dcft(task, kernel_size=8)
         for layer in task.backbone._flatten_layers():
             if hasattr(layer, "dcft_increment"):
-                layer._product = product_with_increment.__get__(layer)
-                layer._increment_product = nothing
+                layer._dcft_product = product_with_increment.__get__(layer)
+                layer._dcft_increment_product = nothing
     elif method in LORA:
         enable_keras_lora(task.backbone, LORA[method])
     elif method == "head only":
@@ -328,7 +328,7 @@ def apply_method(task, method):
 
 def product_with_increment(layer, inputs, kernel):
     # The authors' way: base plus increment is formed at every call, by the definition.
-    return type(layer)._product(layer, inputs, kernel + layer.dcft_increment())
+    return type(layer)._dcft_product(layer, inputs, kernel + layer.dcft_increment())
 
 
 def nothing(inputs):

@@ -86,6 +86,14 @@ def around_blocks():
     return model
 
 
+def around_attention():
+    inputs = keras.Input((5, 12))
+    attention = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    model = keras.Model(inputs, keras.layers.Dense(6)(attention(inputs, inputs)))
+    model.compile("adam", "mse")
+    return model
+
+
 def head_on(model):
     output = model.output["pooled_output"] if isinstance(model.output, dict) else model.output
     return keras.Model(model.input, keras.layers.Dense(2, name="new_head")(output))
@@ -107,6 +115,8 @@ ROOTS = {
     "backbone of a larger model": (functional_around_backbone, inner_backbone, backbone_inputs),
     "backbone of a task": (bert_classifier, lambda task: task.backbone, backbone_inputs),
     "through an encoder": (around_blocks, extractor("encoder"), sequences),
+    "through an attention": (around_attention, extractor("attention"), sequences),
+    "cloned backbone": (bert_backbone, lambda backbone: backbone, backbone_inputs),
     "through a block": (around_blocks, extractor("block"), sequences),
     "head on blocks": (around_blocks, head_on, sequences),
     "sequential": (sequential, lambda model: keras.Sequential(model.layers[:2]), vectors),
