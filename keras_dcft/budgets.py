@@ -18,7 +18,7 @@ from keras_dcft.planning import (
     sizes_by_pattern,
 )
 from keras_dcft.reclassing import matrix_shape_of, weight_of
-from keras_dcft.settings import DEFAULT_ALPHA, checked_positive_int
+from keras_dcft.settings import AdapterSettings, checked_positive_int
 
 LORA_RANKS = (1, 8)
 
@@ -229,7 +229,7 @@ def counts_by_kernel_size(shapes, rank) -> dict:
 def _targeted(model, rank, target_layers, exclude_layers) -> tuple[dict, dict]:
     """The layers that `enable_dcft` would adapt (kernel size 1 fits each) and all, by path."""
     part = task_backbone(checked_model(model))
-    config = plan_adaptation(part, 1, rank, DEFAULT_ALPHA, 0.0, 0.0, target_layers, exclude_layers)
+    config = plan_adaptation(part, 1, AdapterSettings(1, rank), target_layers, exclude_layers)
     layers = walk(part)
     return {path: layers[path] for path in config["layers"]}, layers
 

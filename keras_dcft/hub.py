@@ -80,7 +80,7 @@ def head_config(task) -> dict:
     """The `dcft_config` by which what lies outside of a task's adapted backbone is trained."""
     inside = {id(layer) for layer in task.backbone._flatten_layers()}
     outside = [p for p, layer in walk(task).items() if layer.weights and id(layer) not in inside]
-    return {**AdapterSettings().numbers(), "layers": {}, "trainable_layers": outside}
+    return {**AdapterSettings().common(), "layers": {}, "trainable_layers": outside}
 
 
 def _subclasses(cls):

@@ -14,6 +14,7 @@ kernel size), `roots` (the paths below which everything is adapted, trained or f
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import h5py  # Keras's own files are read with it
@@ -218,7 +219,7 @@ def adapt_when_built(model, config):
     return model
 
 
-def adapt(model, config: dict, factor_initializer=None, filter_initializer=None):
+def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (frozen)
     """Adapts a built model as a `dcft_config` says, in place; on failure it is as it was.
 
     What is touched already, such as layers that brought their adapters from a file themselves,
@@ -227,7 +228,7 @@ def adapt(model, config: dict, factor_initializer=None, filter_initializer=None)
     Args:
         model: a built model or layer.
         config: a `dcft_config`.
-        factor_initializer, filter_initializer: as for `enable_dcft`.
+        initializers: `AdapterSettings`, of which only these are taken.
     """
     layers = {"": model, **walk(model)}
     _check_paths(model, config, layers)
@@ -240,7 +241,7 @@ def adapt(model, config: dict, factor_initializer=None, filter_initializer=None)
     trained = set(with_sublayers(config["trainable_layers"], layers))
     awake = {id(layers[path]) for path in {*trained, *config["layers"]}}
     adapted = [path for path in config["layers"] if path in touched]
-    settings = _settings(config, layers, factor_initializer, filter_initializer)
+    settings = _settings(config, layers, initializers)
     try:
         for path, layer in touched.items():
             is_root = path in config.get("parts", [""])
@@ -273,18 +274,15 @@ def _check_paths(model, config, layers):
     check_adaptable(plain, layers)
 
 
-def _settings(config, layers, factor_initializer, filter_initializer) -> dict:
+def _settings(config, layers, initializers) -> dict:
     """The settings of each layer by path; layers that share a weight count once in the penalty."""
-    count = len({id(weight_of(layers[path])) for path in config["layers"]})
+    count = len({id(weight_of(layers[path])) for path in config["layers"]}) or 1
     common = {name: config[name] for name in COMMON}
-    common["orthogonality"] /= count or 1
+    common["orthogonality"] /= count
+    own = config.get("adapters", {})
     return {
-        path: AdapterSettings(
-            **{**common, "kernel_size": kernel_size, **config.get("adapters", {}).get(path, {})},
-            factor_initializer=factor_initializer,
-            filter_initializer=filter_initializer,
-        )
-        for path, kernel_size in config["layers"].items()
+        path: dataclasses.replace(initializers, kernel_size=d, **{**common, **own.get(path, {})})
+        for path, d in config["layers"].items()
     }
 
 
@@ -326,13 +324,12 @@ def config_of(model) -> dict:
     layers = {"": model, **walk(model)}
     touched = {path: layer for path, layer in layers.items() if is_touched(layer)}
     adapters = {p: layer.dcft_adapter for p, layer in touched.items() if hasattr(layer, "dcft_a")}
-    numbers = {path: adapter.settings.numbers() for path, adapter in adapters.items()}
-    sizes = {path: of_layer.pop("kernel_size") for path, of_layer in numbers.items()}
-    common = dict(next(iter(numbers.values()), AdapterSettings().numbers()))
+    numbers = {path: adapter.settings.common() for path, adapter in adapters.items()}
+    common = next(iter(numbers.values()), AdapterSettings().common())
     config = {
-        **{name: common[name] for name in COMMON},
-        "layers": sizes,
-        "trainable_layers": [p for p, layer in touched.items() if _is_trained(layer)],
+        **common,
+        "layers": {path: a.settings.kernel_size for path, a in adapters.items()},
+        "trainable_layers": [p for p, layer in touched.items() if layer._dcft_before.is_trained],
     }
     # The paper's γ is divided by the number of adapters, and does not come back to the last digit.
     count = len({id(adapter) for adapter in adapters.values()})
@@ -355,10 +352,6 @@ def config_of(model) -> dict:
     if parts != [""]:
         config["parts"] = parts
     return {**config, **{name: value for name, value in special.items() if value}}
-
-
-def _is_trained(layer):
-    return layer._dcft_before.is_trained
 
 
 def carry(models):
@@ -398,7 +391,9 @@ def release_all(model, holders, put_back=False):
         holders: every model that holds one of them.
         put_back: bool, as for `release`.
     """
-    release([model, *walk(model).values()], put_back)
+    layers = [model, *walk(model).values()]
+    release(layers, put_back)
+    keras_internals.track_torch_parameters(layers)
     for holder in holders:
         if not dcft_layers(holder):
             release([holder, *walk(holder).values()], put_back)

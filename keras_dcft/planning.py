@@ -34,29 +34,28 @@ from keras_dcft.reclassing import (
     overridden,
     weight_of,
 )
-from keras_dcft.settings import AdapterSettings, checked_positive_int
+from keras_dcft.settings import checked_positive_int
 
 
 def plan_adaptation(
     model,
     kernel_size,
-    rank,
-    alpha,
-    dropout,
-    orthogonality,
+    settings,
     target_layers=None,
     exclude_layers=None,
     trainable_layers=None,
 ) -> dict:
     """Decides what `enable_dcft` does to a model, or says why it cannot; changes nothing.
 
-    The arguments are those of `enable_dcft`, but the model is the one to adapt (a task's backbone).
+    Args:
+        model: the model to adapt (a task's backbone).
+        settings: `AdapterSettings` of all adapters but for the kernel size.
+        kernel_size, target_layers, exclude_layers, trainable_layers: as for `enable_dcft`.
 
     Returns:
         A `dcft_config` as described at the top of this file.
     """
     sizes = sizes_by_pattern("kernel_size", kernel_size)
-    common = AdapterSettings(1, rank, alpha, dropout, orthogonality).numbers()
     check_built(model)
     layers = walk(model)
     adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
@@ -125,7 +124,7 @@ def plan_adaptation(
             stacklevel=3,
         )
     return {
-        **{name: number for name, number in common.items() if name != "kernel_size"},
+        **settings.common(),
         "layers": kernel_sizes,
         "trainable_layers": trained,
     }

@@ -71,6 +71,10 @@ class AdapterSettings:
             if not field.name.endswith("initializer")
         }
 
+    def common(self) -> dict:
+        """Of these all but the kernel size: what the adapters of one model usually share."""
+        return {name: value for name, value in self.numbers().items() if name != "kernel_size"}
+
     def config(self) -> dict:
         """Plain data, from which `from_config` makes the settings again."""
         return {

@@ -9,10 +9,10 @@ import numpy as np
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
-from keras_dcft.models import adapt, carry, release, release_all, trained_in_full
+from keras_dcft.models import adapt, carry, release_all, trained_in_full
 from keras_dcft.paths import dcft_layers, joined, walk
 from keras_dcft.planning import checked_model, plan_adaptation
-from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE
+from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 
@@ -91,34 +91,26 @@ def enable_dcft(
         [(4, 1), (1, 8), (8, 8)]
     """
     part = task_backbone(checked_model(model))
-    config = plan_adaptation(
-        part,
-        kernel_size,
-        rank,
-        alpha,
-        dropout,
-        orthogonality,
-        target_layers,
-        exclude_layers,
-        trainable_layers,
+    settings = AdapterSettings(
+        1, rank, alpha, dropout, orthogonality, factor_initializer, filter_initializer
     )
-    adapt_and_reset(model, part, config, factor_initializer, filter_initializer)
+    layers = (target_layers, exclude_layers, trainable_layers)
+    adapt_and_reset(model, part, plan_adaptation(part, kernel_size, settings, *layers), settings)
     return model
 
 
-def adapt_and_reset(model, part, config, *initializers):
+def adapt_and_reset(model, part, config, settings=AdapterSettings()):  # noqa: B008 (frozen)
     """Adapts a part of a model and has every model that holds it carry it and compile anew."""
     with selection.calls.changing(), keras_internals.strategy_scope(part):
+        holders = _holders(model, [part, *walk(part).values()])
         try:
-            adapt(part, config, *initializers)
+            adapt(part, config, settings)
             if is_task(model) and part is model.backbone:
                 adapt(model, head_config(model))
                 _warn_of_integers(model)
-            holders = _holders(model, dcft_layers(part))
             carry(holders)
         except BaseException:  # an interrupt from the keyboard as well
-            release([model, *walk(model).values()])
-            keras_internals.track_torch_parameters([model, *walk(model).values()])
+            release_all(model, holders)
             raise
         _reset(holders)
 
@@ -132,7 +124,7 @@ def _reset(holders):
 
 def _holders(model, layers):
     """A model and every other that holds one of these layers."""
-    found = keras_internals.models_holding(layers.values())
+    found = keras_internals.models_holding(layers)
     return [model, *(holder for holder in found if holder is not model)]
 
 
@@ -264,7 +256,7 @@ def _own_dcft_layers(model):
 
 def _release(model, layers, merge=False):
     with selection.calls.changing(), keras_internals.strategy_scope(model):
-        holders = _holders(model, layers)
+        holders = _holders(model, layers.values())
         if merge:
             for layer in layers.values():
                 layer.dcft_merge()

@@ -8,12 +8,14 @@ from tools import array, bert_backbone, bert_classifier, sequential
 from keras_dcft import DCFTDense, enable_dcft
 from keras_dcft.paths import walk
 from keras_dcft.planning import plan_adaptation
+from keras_dcft.settings import AdapterSettings
 
 SETTINGS = {"rank": 1, "alpha": 4.0, "dropout": 0.0, "orthogonality": 0.0}
 
 
 def plan(model, kernel_size=4, **arguments):
-    return plan_adaptation(model, kernel_size, **{**SETTINGS, **arguments})
+    settings = {name: arguments.pop(name, value) for name, value in SETTINGS.items()}
+    return plan_adaptation(model, kernel_size, AdapterSettings(**settings), **arguments)
 
 
 def test_walk_gives_readable_paths_parents_first():
