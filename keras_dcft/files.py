@@ -77,6 +77,13 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
             "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
             f"'{model.name}' with none."
         )
+    with selection.calls.changing(also_inside=True):
+        tensors, metadata = _content(model, notes)
+    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def _content(model, notes) -> tuple[dict, dict]:
+    """The tensors and the metadata of a model's file."""
     part = _adapted_part(model)
     config = {k: v for k, v in config_of(part).items() if k != "flags"}
     variables = _variables(model, part, config)
@@ -92,7 +99,7 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
         "notes": json.dumps(notes or {}),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
-    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    return tensors, metadata
 
 
 def load_dcft_weights(model: keras.Model, path) -> keras.Model:
@@ -126,6 +133,12 @@ def load_dcft_weights(model: keras.Model, path) -> keras.Model:
     path = _checked_path(path)
     check_built(checked_model(model))
     tensors, metadata = _read(path)
+    with selection.calls.changing():
+        _load(model, path, tensors, metadata)
+    return model
+
+
+def _load(model, path, tensors, metadata):
     config = json.loads(metadata["dcft_config"])
     adapted = dcft_layers(model)
     if any(selection.is_off(layer.dcft_filter) for layer in adapted.values()):
@@ -143,19 +156,17 @@ def load_dcft_weights(model: keras.Model, path) -> keras.Model:
     by_hand = set(shapes) - set(_variables(model, part, config, by_hand=False))
     _check_tensors(path, tensors, {**_adapter_shapes(part, config), **shapes}, by_hand)
     _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), part, config)
-    with selection.calls.changing():
-        if not adapted:
-            adapt_and_reset(model, part, config)
-            variables = _variables(model, part, config, also=tensors)
-        # What another file had trained is the base's again.
-        for variable in trained_in_full(model):
-            variable.assign(freezing.base_value(variable))
-        for name, variable in variables.items():
-            if name in by_hand:
-                variable.trainable = name in tensors
-            if name in tensors:
-                variable.assign(tensors[name])
-    return model
+    if not adapted:
+        adapt_and_reset(model, part, config)
+        variables = _variables(model, part, config, also=tensors)
+    # What another file had trained is the base's again.
+    for variable in trained_in_full(model):
+        variable.assign(freezing.base_value(variable))
+    for name, variable in variables.items():
+        if name in by_hand:
+            variable.trainable = name in tensors
+        if name in tensors:
+            variable.assign(tensors[name])
 
 
 def read_notes(path) -> dict:
@@ -335,7 +346,7 @@ def _check_architecture(path, saved, part, config):
         warnings.warn(
             f"{path}: made with another vocabulary. Embeddings that are not adapted have other "
             f"numbers of rows: {joined(resized)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -399,5 +410,5 @@ def _warn_of_another_base(path, saved, part, config):
             f"{path}: trained on another base, so expect another result. The weights of "
             f"{len(others)} of {len(layers)} adapted layers are not those of the base that the "
             f"file was made on: {joined(others)}.",
-            stacklevel=3,
+            stacklevel=4,
         )

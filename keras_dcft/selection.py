@@ -9,6 +9,8 @@ true of what is traced inside the block, and of nothing else.
 import contextlib
 import threading
 
+import keras
+
 from keras_dcft import freezing, keras_internals
 
 _lock = threading.RLock()
@@ -54,7 +56,7 @@ def switched_off(base_values: list):
         with keras_internals.traced_with(base_values):
             yield
         return
-    with _lock:
+    with calls.changing(also_inside=True), _lock:
         for variable, value in base_values:
             if not is_off(variable):
                 kept = keras_internals.exchange_value(variable, value)
@@ -63,7 +65,7 @@ def switched_off(base_values: list):
     try:
         yield
     finally:
-        with _lock:
+        with calls.changing(also_inside=True), _lock:
             for variable, _ in base_values:
                 _switched_off[id(variable)][2] -= 1
                 if not _switched_off[id(variable)][2]:
@@ -83,23 +85,36 @@ class _Calls:
     def running(self):
         """While a model computes."""
         own = threading.get_ident()
-        with self._free:
-            self._free.wait_for(lambda: not self._waiting or own in self._running)
-            self._running[own] = self._running.get(own, 0) + 1
-        try:
-            yield
-        finally:
+        # On JAX Keras empties the variables of a model that predicts, so there one call at a time.
+        is_alone = keras.config.backend() == "jax"
+        with self._free if is_alone else contextlib.nullcontext():
             with self._free:
-                self._running[own] -= 1
-                if not self._running[own]:
-                    del self._running[own]
-                self._free.notify_all()
+                self._free.wait_for(lambda: not self._waiting or own in self._running)
+                self._running[own] = self._running.get(own, 0) + 1
+            try:
+                yield
+            finally:
+                with self._free:
+                    self._running[own] -= 1
+                    if not self._running[own]:
+                        del self._running[own]
+                    self._free.notify_all()
 
     @contextlib.contextmanager
-    def changing(self):
-        """While a model is changed. Raises RuntimeError inside a call, which it would wait for."""
+    def changing(self, also_inside=False):
+        """While a model is changed.
+
+        Args:
+            also_inside: bool, whether it may be done inside a call, and then waits for no other.
+
+        Raises:
+            RuntimeError: inside a call, for which it would wait, if it may not.
+        """
         with self._free:
             if threading.get_ident() in self._running:
+                if also_inside:
+                    yield
+                    return
                 raise RuntimeError("A model cannot be changed while this thread predicts with one.")
             self._waiting += 1
             try:

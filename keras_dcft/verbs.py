@@ -168,18 +168,19 @@ def merge_dcft(model: keras.Model) -> keras.Model:
         >>> type(model.layers[0]) is keras.layers.Dense
         True
     """
-    layers = _own_dcft_layers(model)
-    quantized = [path for path, layer in layers.items() if holds_integers(layer)]
-    if quantized:
-        raise ValueError(
-            "Save the adapter with `save_dcft_weights`, load it into the model before it was "
-            "quantized, merge there, and quantize that: base plus increment would be rounded to "
-            "integers a second time. Received: `model` with quantized layers "
-            f"{joined(quantized)}."
-        )
-    for path, layer in layers.items():
-        layer.dcft_adapter.check_finite(path)
-    _release(model, layers, merge=True)
+    with selection.calls.changing():
+        layers = _own_dcft_layers(model)
+        quantized = [path for path, layer in layers.items() if holds_integers(layer)]
+        if quantized:
+            raise ValueError(
+                "Save the adapter with `save_dcft_weights`, load it into the model before it was "
+                "quantized, merge there, and quantize that: base plus increment would be rounded "
+                "to integers a second time. Received: `model` with quantized layers "
+                f"{joined(quantized)}."
+            )
+        for path, layer in layers.items():
+            layer.dcft_adapter.check_finite(path)
+        _release(model, layers, merge=True)
     return model
 
 
@@ -200,7 +201,8 @@ def remove_dcft(model: keras.Model) -> keras.Model:
         >>> type(remove_dcft(enable_dcft(model)).layers[0]) is keras.layers.Dense
         True
     """
-    _release(model, _own_dcft_layers(model))
+    with selection.calls.changing():
+        _release(model, _own_dcft_layers(model))
     return model
 
 
@@ -255,7 +257,7 @@ def _own_dcft_layers(model):
 
 
 def _release(model, layers, merge=False):
-    with selection.calls.changing(), keras_internals.strategy_scope(model):
+    with keras_internals.strategy_scope(model):
         holders = _holders(model, layers.values())
         if merge:
             for layer in layers.values():
