@@ -126,7 +126,7 @@ def view_as(layer, cls, without=()):
 
 def keep_state(layer, view):
     """Takes over what was set on a view, but for the lists that are the layer's own."""
-    of_the_view = (*VARIABLE_LISTS, "dcft_is_view")
+    of_the_view = (*VARIABLE_LISTS, "dcft_is_view", "_trainable")
     vars(layer).update({k: v for k, v in vars(view).items() if k not in of_the_view})
 
 
@@ -189,14 +189,16 @@ def traced_with(values):
         for variable, value in overlay.updates.values():
             variable.assign(value)
         return
-    before = [(variable, variable.value) for variable, _ in values]
-    for update in values:
-        scope.add_update(update)
+    # Not as updates, which a block around this one would make when it ends.
+    before = [(variable, scope.get_current_value(variable)) for variable, _ in values]
+    scope.state_mapping.update((id(variable), value) for variable, value in values)
     try:
         yield
     finally:
-        for update in before:
-            scope.add_update(update)
+        for variable, value in before:
+            scope.state_mapping.pop(id(variable))
+            if value is not None:
+                scope.state_mapping[id(variable)] = value
 
 
 class _Overlay(keras.StatelessScope):

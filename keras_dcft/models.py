@@ -82,9 +82,10 @@ class AwaitsBuilding(Carried):
 
     def __call__(self, *args, **kwargs):
         outputs = super().__call__(*args, **kwargs)
-        config = vars(self).pop("_dcft_awaited")
         self.__class__ = self.dcft_base_class
-        adapt(self, config)
+        adapt(self, self._dcft_awaited)
+        del self._dcft_awaited
+        carry([self])
         return outputs
 
 
@@ -115,14 +116,21 @@ class AdaptedModel(Touched):
 
     def load_weights(self, filepath, *args, **kwargs):
         """As Keras's; takes files of the base model too, and changes nothing when it fails."""
-        before = [(v, ops.convert_to_numpy(v).copy()) for v in self.variables]
+        if any(map(selection.is_off, trained_in_full(self))):
+            raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
+        trained = [(v, selection.trained_value(v)) for v in self.variables]
+        before = [
+            (v, ops.convert_to_numpy(value).copy(), freezing.base_value(v)) for v, value in trained
+        ]
         is_plain = str(filepath).endswith(".weights.h5") and not _holds_adapters(filepath)
         try:
             with _named_as_base(self) if is_plain else contextlib.nullcontext():
                 super().load_weights(filepath, *args, **kwargs)
         except BaseException:
-            for variable, value in before:
-                variable.assign(value)
+            for variable, value, base in before:
+                selection.assign(variable, value)
+                if base is not None:
+                    freezing.set_base(variable, base)
             raise
 
     def predict(self, *args, **kwargs):

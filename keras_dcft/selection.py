@@ -41,8 +41,9 @@ def assign(variable, value):
 
 def write(layer, values: dict, store):
     """Writes variables into a file's store, with their values outside of all blocks."""
-    for name, value in {**values, **freezing.base_values(layer)}.items():
-        store[name] = trained_value(value)
+    with _lock:
+        for name, value in {**values, **freezing.base_values(layer)}.items():
+            store[name] = trained_value(value)
 
 
 @contextlib.contextmanager
@@ -52,21 +53,23 @@ def switched_off(base_values: list):
     Args:
         base_values: list of pairs of a variable and a NumPy array.
     """
-    if keras_internals.is_traced(base_values[0][0]):
+    if base_values and keras_internals.is_traced(base_values[0][0]):
         with keras_internals.traced_with(base_values):
             yield
         return
-    with calls.changing(also_inside=True), _lock:
-        for variable, value in base_values:
-            if not is_off(variable):
-                kept = keras_internals.exchange_value(variable, value)
-                _switched_off[id(variable)] = [variable, kept, 0]
-            _switched_off[id(variable)][2] += 1
+    entered = []
     try:
+        with calls.changing(also_inside=True), _lock:
+            for variable, value in base_values:
+                if not is_off(variable):
+                    kept = keras_internals.exchange_value(variable, value)
+                    _switched_off[id(variable)] = [variable, kept, 0]
+                _switched_off[id(variable)][2] += 1
+                entered.append(variable)
         yield
     finally:
         with calls.changing(also_inside=True), _lock:
-            for variable, _ in base_values:
+            for variable in entered:
                 _switched_off[id(variable)][2] -= 1
                 if not _switched_off[id(variable)][2]:
                     _, kept, _ = _switched_off.pop(id(variable))

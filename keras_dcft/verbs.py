@@ -150,16 +150,17 @@ def merge_dcft(model: keras.Model) -> keras.Model:
     increment's part below the kernel's last bit.
 
     Args:
-        model: a model adapted with `enable_dcft`, one that holds such a model, or one with
-            directly built DCFT layers.
+        model: any model that holds adapted layers: one adapted with `enable_dcft`, a part of it
+            (the rest stays adapted), one around it, or one with directly built DCFT layers.
 
     Returns:
         The model, its layers and itself of their original classes, trainable as before enabling.
 
     Raises:
-        TypeError, ValueError: if `model` is no Keras model, has no DCFT layers, or is a part of the
-            adapted model to which they belong; if a kernel is quantized to integers. The model is
-            unchanged then.
+        TypeError, ValueError: if `model` is no Keras model or has no DCFT layers, if an adapter has
+            NaN or infinity, if a kernel is quantized to integers, or inside `dcft_disabled`. The
+            model is unchanged then.
+        RuntimeError: inside a prediction of an adapted model.
 
     Example:
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
@@ -194,7 +195,8 @@ def remove_dcft(model: keras.Model) -> keras.Model:
         The model, its layers and itself of their original classes.
 
     Raises:
-        TypeError, ValueError: as `merge_dcft`.
+        TypeError, ValueError, RuntimeError: as `merge_dcft`, but for the adapters' values and the
+            kernels' integers, which may be anything.
 
     Example:
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])

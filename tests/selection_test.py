@@ -25,6 +25,7 @@ from tools import (
 from keras_dcft import (
     dcft_disabled,
     enable_dcft,
+    keras_internals,
     load_dcft_weights,
     merge_dcft,
     remove_dcft,
@@ -257,6 +258,23 @@ def test_a_call_sees_the_old_or_the_new_adapter(tmp_path):
         assert min(np.abs(found - expected).max() for expected in outputs) < 1e-3
 
 
+def test_an_error_while_it_is_switched_off_leaves_nothing_off(monkeypatch):
+    model = trained("task")[0]
+    expected = values(model.weights)
+    exchange, calls = keras_internals.exchange_value, []
+
+    def fails_at_the_third(variable, value):
+        calls.append(variable)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return exchange(variable, value)
+
+    monkeypatch.setattr(keras_internals, "exchange_value", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt), dcft_disabled(model):
+        pass
+    assert differences(expected, values(model.weights)) == [0] * len(expected)
+
+
 def test_a_model_is_not_changed_inside_its_own_prediction():
     model = enable_dcft(sequential(), kernel_size=4)
 
@@ -286,6 +304,8 @@ class Preference(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         with dcft_disabled(self.policy):
+            with dcft_disabled(self):  # blocks nest also where they are traced
+                self.policy(x, training=self.training)
             reference = self.policy(x, training=self.training)
         self.reference.assign(reference)
         return ops.mean((y_pred - ops.stop_gradient(reference) - y) ** 2)
