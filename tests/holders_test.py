@@ -103,6 +103,16 @@ def extractor(name):
     return lambda model: keras.Model(model.input, model.get_layer(name).output)
 
 
+def embeddings_inputs():
+    return {name: backbone_inputs()[name] for name in ("token_ids", "segment_ids")}
+
+
+def embeddings(model):
+    # Without the mask, which they do not use: Keras 3.13 loads no plain model with such an input.
+    inputs = {name: model.input[name] for name in embeddings_inputs()}
+    return keras.Model(inputs, model.get_layer("embeddings_layer_norm").output)
+
+
 def inner_backbone(model):
     return next(x for x in model.layers if isinstance(x, keras_hub.models.Backbone))
 
@@ -111,7 +121,7 @@ def inner_backbone(model):
 ROOTS = {
     "new head": (bert_backbone, head_on, backbone_inputs),
     "encoder layer": (bert_backbone, extractor("transformer_layer_0"), backbone_inputs),
-    "embeddings": (bert_backbone, extractor("embeddings_layer_norm"), backbone_inputs),
+    "embeddings": (bert_backbone, embeddings, embeddings_inputs),
     "backbone of a larger model": (functional_around_backbone, inner_backbone, backbone_inputs),
     "backbone of a task": (bert_classifier, lambda task: task.backbone, backbone_inputs),
     "through an encoder": (around_blocks, extractor("encoder"), sequences),
