@@ -124,6 +124,19 @@ def view_as(layer, cls, without=()):
     return view
 
 
+def serialized_view(view) -> dict:
+    """The serialisation of a view, of which Keras keeps no record.
+
+    Keras tells by the `id` what it has serialized before, to have it once when it is loaded; of an
+    object that is gone by then the next one may have the same.
+    """
+    config = keras.saving.serialize_keras_object(view)
+    recorded = global_state.get_global_attribute("shared_objects/id_to_config_map")
+    if recorded is not None:
+        recorded.pop(id(view), None)
+    return config
+
+
 def keep_state(layer, view):
     """Takes over what was set on a view, but for the lists that are the layer's own."""
     of_the_view = (*VARIABLE_LISTS, "dcft_is_view", "_trainable")

@@ -40,7 +40,7 @@ class Carried:
 
     def get_config(self):
         keras_internals.check_config_is_for_keras_file()
-        plain = keras.saving.serialize_keras_object(freezing.plain_view(self))
+        plain = keras_internals.serialized_view(freezing.plain_view(self))
         plain.pop("compile_config", None)
         return {"model": plain, "dcft": config_of(self)}
 

@@ -1,8 +1,11 @@
 """What the package relies on inside Keras. A failure here says what Keras changed."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
+from keras.saving import serialize_keras_object
 from tools import array, sequential, values, vectors
 
 from keras_dcft import keras_internals
@@ -229,3 +232,17 @@ def test_a_value_is_exchanged_and_put_back():
     kept = keras_internals.exchange_value(variable, np.zeros(3, "float32"))
     keras_internals.put_value_back(variable, keras_internals.kept_value(kept, [2.0, 2.0, 2.0]))
     assert array(variable).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("way", [keras_internals.serialized_view, serialize_keras_object])
+def test_a_serialized_view_is_not_taken_for_another_object(way, tmp_path):
+    view = keras.layers.Dense(4)  # one for all has the `id` that views of two layers may have
+
+    class Views(keras.layers.Dense):
+        def get_config(self):
+            return {**super().get_config(), "view": way(view)}
+
+    model = keras.Sequential([keras.Input((4,)), Views(4), Views(4)])
+    model.save(tmp_path / "m.keras")
+    config = zipfile.ZipFile(tmp_path / "m.keras").read("config.json").decode()
+    assert ("shared_object_id" in config) == (way is serialize_keras_object)
