@@ -248,4 +248,4 @@ def test_a_serialized_view_is_not_taken_for_another_object(way, tmp_path):
     config = json.loads(zipfile.ZipFile(tmp_path / "m.keras").read("config.json"))
     views = [layer["config"]["view"] for layer in config["config"]["layers"][1:]]
     is_shared = ["shared_object_id" in view for view in views]
-    assert is_shared == [way is serialize_keras_object] * 2
+    assert any(is_shared) == (way is serialize_keras_object)
