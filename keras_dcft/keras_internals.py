@@ -268,8 +268,8 @@ def strategy_scope(model):
     """
     if keras.config.backend() != "tensorflow" or not isinstance(model, keras.Model):
         return contextlib.nullcontext()
-    own, present = model._distribute_strategy, keras.Model().distribute_strategy
-    if own is not present and not type(present).__name__.startswith("_Default"):
+    own, present = model._distribute_strategy, model.distribute_strategy
+    if own is None and not type(present).__name__.startswith("_Default"):
         raise ValueError(
             "Leave the scope of the strategy, or make the model in it: its variables do not "
             f"belong to it. Received: model '{model.name}' in the scope of {present!r}"

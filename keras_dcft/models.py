@@ -26,7 +26,7 @@ from keras_dcft.freezing import Before, is_touched
 from keras_dcft.layers.base import DCFTLayer, check_quantization
 from keras_dcft.paths import dcft_layers, joined, walk, with_sublayers
 from keras_dcft.planning import check_adaptable
-from keras_dcft.reclassing import dcft_class, made_class, weight_of
+from keras_dcft.reclassing import DCFT_CLASSES, dcft_class, made_class, weight_of
 from keras_dcft.settings import AdapterSettings
 
 PACKAGE = "keras_dcft"
@@ -115,7 +115,10 @@ class AdaptedModel(Touched):
         return super().save(filepath, *args, **kwargs)
 
     def load_weights(self, filepath, *args, **kwargs):
-        """As Keras's; takes files of the base model too, and changes nothing when it fails."""
+        """As Keras's; takes files of the base model too, and changes nothing when it fails.
+
+        For that it keeps a copy of all weights in the main memory meanwhile.
+        """
         if any(map(selection.is_off, trained_in_full(self))):
             raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
         trained = [(v, selection.trained_value(v)) for v in self.variables]
@@ -313,10 +316,12 @@ def _carry(layer, *mixins):
     """Gives an object its made class, if it has none."""
     if isinstance(layer, (Carried, DCFTLayer, *keep_their_class)):
         return
-    is_root = freezing.is_root(layer)
-    layer.__class__ = carrying_class(type(layer), *mixins, is_root=is_root)
+    cls = type(layer)
+    layer.__class__ = carrying_class(cls, *mixins, is_root=freezing.is_root(layer))
     if isinstance(layer, keras.Model):
         keras_internals.wrap_quantize(layer, check_quantization)
+    elif cls in DCFT_CLASSES:  # which Keras quantizes, but not their subclasses
+        keras_internals.wrap_quantize(layer, check_quantization, type_check=False)
 
 
 def _adapt_layer(layer, settings, owner):

@@ -230,3 +230,17 @@ def test_a_quantized_task_with_its_embeddings(tmp_path):
     task.save(tmp_path / "m.keras")
     restored = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(predict(restored, TEXTS), expected)
+
+
+def test_what_is_frozen_beside_the_adapters_is_quantized_as_well(tmp_path):
+    inputs = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(20, 12)(inputs)
+    outputs = keras.layers.Dense(8, name="left_out")(keras.layers.Dense(8)(x))
+    model = keras.Model(inputs, outputs)
+    enable_dcft(model, kernel_size=4, exclude_layers="left_out")
+    model.quantize("int8")
+    assert [layer.quantization_mode for layer in model.layers[1:]] == ["int8"] * 3
+    model.save(tmp_path / "m.keras")
+    restored = keras.saving.load_model(tmp_path / "m.keras")
+    words = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(predict(restored, words), predict(model, words))

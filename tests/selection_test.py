@@ -1,5 +1,6 @@
 """Switching off: threads, overlapping blocks, traced functions; and what removing gives."""
 
+import concurrent.futures
 import functools
 import threading
 
@@ -168,7 +169,6 @@ def test_what_the_user_froze_comes_back_frozen(where, tmp_path):
     for other in restored:
         assert [v.path for v in other.trainable_variables] == names
         np.testing.assert_array_equal(predict(other, TEXTS), predict(model, TEXTS))
-    assert differences(values(model.optimizer.variables), values(restored[0].optimizer.variables))
     before = [v.name for v in bert_classifier().trainable_variables]
     assert [v.name for v in remove_dcft(restored[0]).trainable_variables] == before
 
@@ -182,6 +182,8 @@ def test_a_resumed_training_with_frozen_layers_is_the_uninterrupted_one(tmp_path
     model.save(tmp_path / "m.keras")
     resumed = keras.saving.load_model(tmp_path / "m.keras")
     assert len(resumed.trainable_variables) == 3
+    slots = values(model.optimizer.variables)
+    assert differences(slots, values(resumed.optimizer.variables)) == [0] * len(slots)
     for one in (model, resumed):
         one.fit(vectors(), np.ones((4, 9)), epochs=2, verbose=0, shuffle=False)
     np.testing.assert_array_equal(predict(resumed, vectors()), predict(model, vectors()))
@@ -202,11 +204,10 @@ def test_blocks_of_two_threads_lose_nothing():
             with dcft_disabled(model):
                 found.append([array(v) for v in model.get_layer("logits").weights])
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(work) for _ in range(2)]:
+            future.result()
+    assert len(found) == 40
     assert differences(expected, values(model.weights)) == [0] * len(expected)
     assert all(differences(found[0], other) == [0, 0] for other in found)
     with dcft_disabled(model):
@@ -246,14 +247,15 @@ def test_a_call_sees_the_old_or_the_new_adapter(tmp_path):
         while not stop.is_set():
             seen.append(model.predict(vectors(), batch_size=1, verbose=0))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for number in range(20):
-        load_dcft_weights(model, paths[number % 2])
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        futures = [threads.submit(work) for _ in range(2)]
+        for number in range(20):
+            load_dcft_weights(model, paths[number % 2])
+        stop.set()
+        for future in futures:
+            future.result()
+    assert len(seen) >= 2
+    assert np.abs(outputs[0] - outputs[1]).max() > 1
     for found in seen:
         assert min(np.abs(found - expected).max() for expected in outputs) < 1e-3
 
