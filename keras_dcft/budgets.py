@@ -9,15 +9,14 @@ from rich.table import Table
 
 from keras_dcft.hub import task_backbone
 from keras_dcft.increments import parameter_count
-from keras_dcft.paths import walk
+from keras_dcft.paths import checked_model, walk
 from keras_dcft.planning import (
-    checked_model,
     choose_kernel_sizes,
     narrower_than,
     plan_adaptation,
     sizes_by_pattern,
 )
-from keras_dcft.reclassing import matrix_shape_of, weight_of
+from keras_dcft.reclassing import matrix_shape_of, weight_owners
 from keras_dcft.settings import AdapterSettings, checked_positive_int
 
 LORA_RANKS = (1, 8)
@@ -152,6 +151,7 @@ def dcft_parameter_table(
     """
     rank = checked_positive_int("rank", rank)
     targeted, layers = _targeted(model, rank, target_layers, exclude_layers)
+    shapes = _matrix_shapes(targeted)
     dcft_parameters = []
     for kernel_size in kernel_sizes:
         sizes = sizes_by_pattern("kernel_sizes", kernel_size)
@@ -159,19 +159,17 @@ def dcft_parameter_table(
         count = None
         if not narrower_than(chosen, targeted):
             count = sum(
-                parameter_count(*matrix_shape_of(layer), chosen[path], rank)
-                for path, layer in _owners(targeted).items()
+                parameter_count(*shape, chosen[path], rank) for path, shape in shapes.items()
             )
         is_one = not isinstance(kernel_size, dict)
         dcft_parameters.append((sizes[""] if is_one else sizes, count))
-    shapes = tuple(matrix_shape_of(layer) for layer in _owners(targeted).values())
     return ParameterTable(
         model=model.name,
         rank=rank,
         base_parameters=model.count_params(),
-        shapes=shapes,
+        shapes=tuple(shapes.values()),
         dcft_parameters=dcft_parameters,
-        lora_parameters={rank: rank * sum(map(sum, shapes)) for rank in LORA_RANKS},
+        lora_parameters={rank: rank * sum(map(sum, shapes.values())) for rank in LORA_RANKS},
     )
 
 
@@ -205,7 +203,7 @@ def kernel_size_for_budget(
     parameters = checked_positive_int("parameters", parameters)
     rank = checked_positive_int("rank", rank)
     targeted, _ = _targeted(model, rank, target_layers, exclude_layers)
-    shapes = [matrix_shape_of(layer) for layer in _owners(targeted).values()]
+    shapes = list(_matrix_shapes(targeted).values())
     counts = counts_by_kernel_size(shapes, rank)
     for kernel_size, count in counts.items():
         if count <= parameters:
@@ -234,9 +232,7 @@ def _targeted(model, rank, target_layers, exclude_layers) -> tuple[dict, dict]:
     return {path: layers[path] for path in config["layers"]}, layers
 
 
-def _owners(targeted) -> dict:
-    """The targeted layers, of those that share a weight only the first."""
-    owners = {}
-    for path, layer in targeted.items():
-        owners.setdefault(id(weight_of(layer)), path)
-    return {path: targeted[path] for path in owners.values()}
+def _matrix_shapes(targeted) -> dict:
+    """The matrix shapes of the targeted layers, of those that share a weight only the first's."""
+    owners = weight_owners(targeted).values()
+    return {path: matrix_shape_of(targeted[path]) for path in owners}

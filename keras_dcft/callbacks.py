@@ -11,7 +11,7 @@ import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.files import SUFFIX, read_notes, save_dcft_weights
-from keras_dcft.paths import dcft_layers
+from keras_dcft.paths import required_dcft_layers
 from keras_dcft.settings import shortened
 
 
@@ -89,11 +89,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         self._batches_since_saving = 0
 
     def on_train_begin(self, logs=None):
-        if not dcft_layers(self.model):
-            raise ValueError(
-                "Call `enable_dcft(model)` before `fit`: `model` must have DCFT layers. "
-                f"Received: model '{self.model.name}' with none."
-            )
+        required_dcft_layers(self.model)
         if not self._is_mode_given:
             name = self.monitor.removeprefix("val_")
             direction = keras_internals.metric_direction(self.model, name)

@@ -29,13 +29,22 @@ from keras import ops
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.fingerprints import differs, fingerprint
-from keras_dcft.freezing import is_root, is_touched
+from keras_dcft.freezing import is_part, is_touched
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.increments import subspace_shape
+from keras_dcft.layers.base import DCFTLayer
 from keras_dcft.models import config_of, trained_in_full
-from keras_dcft.paths import dcft_layers, joined, walk, with_sublayers
-from keras_dcft.planning import check_built, checked_model
-from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_of, weight_shape_of
+from keras_dcft.paths import (
+    checked_model,
+    dcft_layers,
+    joined,
+    required_dcft_layers,
+    walk,
+    with_itself,
+    with_sublayers,
+)
+from keras_dcft.planning import check_built
+from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_owners, weight_shape_of
 from keras_dcft.verbs import adapt_and_reset
 
 SUFFIX = ".dcft.safetensors"
@@ -72,11 +81,7 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
     path = _checked_path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Make the folder first. Received: path={str(path)!r}")
-    if not dcft_layers(checked_model(model)):
-        raise ValueError(
-            "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
-            f"'{model.name}' with none."
-        )
+    required_dcft_layers(model)
     with selection.calls.changing(also_inside=True):
         tensors, metadata = _content(model, notes)
     _write_atomically(path, safetensors.numpy.save(tensors, metadata))
@@ -84,18 +89,18 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
 
 def _content(model, notes) -> tuple[dict, dict]:
     """The tensors and the metadata of a model's file."""
-    part = _adapted_part(model)
-    config = {k: v for k, v in config_of(part).items() if k != "flags"}
-    variables = _variables(model, part, config)
-    tensors = {name: _array(variable) for name, variable in variables.items()}
+    place = _Place(model)
+    config = {k: v for k, v in place.config.items() if k != "flags"}
+    tensors = {name: _array(variable) for name, variable in place.variables().items()}
+    part = place.part
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "dcft_config": json.dumps(config),
         "model_class": getattr(part, "dcft_base_class", type(part)).__name__,
-        "part": next((path for path, layer in walk(model).items() if layer is part), ""),
-        "architecture": json.dumps(_architecture(part)),
-        "fingerprints": json.dumps({p: fingerprint(layer) for p, layer in _owners(part, config)}),
+        "part": next((path for path, layer in place.outer.items() if layer is part), ""),
+        "architecture": json.dumps(_architecture(place.layers)),
+        "fingerprints": json.dumps({p: fingerprint(layer) for p, layer in place.owners().items()}),
         "notes": json.dumps(notes or {}),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
@@ -144,21 +149,20 @@ def _load(model, path, tensors, metadata):
     if any(selection.is_off(layer.dcft_filter) for layer in adapted.values()):
         raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
     if adapted:
-        part = _adapted_part(model)
+        place = _Place(model)
+        _check_settings(path, config, place.config)
     else:
-        part = walk(model).get(metadata["part"], task_backbone(model))
-    _check_architecture(path, json.loads(metadata["architecture"]), part, config)
-    if adapted:
-        _check_settings(path, config, config_of(part))
-    variables = _variables(model, part, config, also=tensors)
+        place = _Place(model, walk(model).get(metadata["part"], task_backbone(model)), config)
+    _check_architecture(path, json.loads(metadata["architecture"]), place.layers, config)
+    variables = place.variables(also=tensors)
     shapes = {name: variable.shape for name, variable in variables.items()}
     # A variable that was made trainable by hand need not be in the file.
-    by_hand = set(shapes) - set(_variables(model, part, config, by_hand=False))
-    _check_tensors(path, tensors, {**_adapter_shapes(part, config), **shapes}, by_hand)
-    _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), part, config)
+    by_hand = set(shapes) - set(place.variables(by_hand=False))
+    _check_tensors(path, tensors, {**place.adapter_shapes(), **shapes}, by_hand)
+    _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), place.owners())
     if not adapted:
-        adapt_and_reset(model, part, config)
-        variables = _variables(model, part, config, also=tensors)
+        adapt_and_reset(model, place.part, config)
+        variables = place.variables(also=tensors)
     # What another file had trained is the base's again.
     for variable in trained_in_full(model):
         variable.assign(freezing.base_value(variable))
@@ -180,77 +184,83 @@ def _checked_path(path) -> Path:
     return Path(path)
 
 
-def _adapted_part(model):
-    """The one model at or below a model that was adapted as a whole, or else the model itself."""
-    roots = [layer for layer in model._flatten_layers() if is_root(layer)]
-    parts = [root for root in roots if not any(map(is_root, walk(root).values()))]
-    return parts[0] if len(parts) == 1 else task_backbone(model)
+class _Place:
+    """What of a model a file holds, or is to be loaded into.
 
-
-def _owners(part, config):
-    """The adapted layers, or those to adapt, by path, of those that share a weight the first."""
-    layers, owners = {"": part, **walk(part)}, {}
-    for path in config["layers"]:
-        owners.setdefault(id(weight_of(layers[path])), path)
-    return [(path, layers[path]) for path in owners.values()]
-
-
-def _adapter_shapes(part, config) -> dict:
-    """The shapes of the adapters' variables by their names in a file."""
-    shapes = {}
-    for path, layer in _owners(part, config):
-        d = config["layers"][path]
-        rank = config.get("adapters", {}).get(path, config)["rank"]
-        a, b = subspace_shape(*matrix_shape_of(layer), d)
-        for name, shape in zip(ADAPTER_VARIABLES, ((a, rank), (rank, b), (d, d))):
-            shapes[f"adapter/{path}/{name}"] = shape
-    return shapes
-
-
-def _variables(model, part, config, also=(), by_hand=True) -> dict:
-    """All that a file holds of a model, by the names that it has there.
-
-    Args:
+    Attributes:
         model: the model, adapted or about to be.
         part: the adapted model at or below it.
         config: the part's `dcft_config`.
-        also: names of weights to have in any case, if the model has them.
-        by_hand: bool, whether to have what a user made trainable by hand.
+        outer, layers: dicts of the model and of the part, each with all layers below it, by path.
     """
-    variables = {}
-    for path, layer in dcft_layers(part).items():
-        if layer.dcft_adapter.host is layer:
-            for name, variable in layer.dcft_adapter.variables.items():
-                variables[f"adapter/{path}/{name}"] = variable
-    adapters = {id(variable) for variable in variables.values()}
-    told, inside = _told_to_be_trained(model, part, config)
-    for path, layer in {"": model, **walk(model)}.items():
-        weights = [v for v in keras_internals.own_weights(layer) if id(v) not in adapters]
-        outside = id(layer) not in inside
-        # Flags may be off for the moment, so what is known to be trained does not need them; state
-        # such as moving statistics belongs to what is trained beside it.
-        whole = id(layer) in told or (
-            outside and (not model.trainable or any(v.trainable for v in weights))
-        )
-        for number, variable in enumerate(weights):
-            name = f"trained/{path}/{number}.{variable.name}"
-            # Keras writes a float8 layer's scales, no weights, through the gradients' place.
-            is_trained = variable.trainable and not variable.overwrite_with_gradient
-            is_trained = is_trained and is_touched(layer) and by_hand
-            if whole or is_trained or name in also:
-                variables[name] = variable
-    return variables
 
+    def __init__(self, model, part=None, config=None):
+        self.model, self.outer = model, with_itself(model)
+        self.part = part or self._adapted_part()
+        self.layers = self.outer if self.part is model else with_itself(self.part)
+        self.config = config or config_of(self.part)
 
-def _told_to_be_trained(model, part, config) -> tuple[set, set]:
-    """The layers that adapting makes trainable in full, and all that it touches, by identity."""
-    layers = {"": part, **walk(part)}
-    told = [layers[path] for path in config["trainable_layers"]]
-    inside = [layers[path] for path in with_sublayers(config.get("roots", [""]), layers)]
-    if is_task(model) and part is model.backbone:
-        layers = walk(model)
-        told += [layers[path] for path in head_config(model)["trainable_layers"]]
-    return {id(layer) for layer in told}, {id(layer) for layer in [*inside, *told]}
+    def _adapted_part(self):
+        """The one model that was adapted as a whole, with none inside, or else the model itself."""
+        paths = [path for path, layer in self.outer.items() if is_part(layer)]
+        inner = [path for path in paths if with_sublayers([path], paths) == [path]]
+        return self.outer[inner[0]] if len(inner) == 1 else task_backbone(self.model)
+
+    def owners(self) -> dict:
+        """The layers that are adapted or to be, by path, of those that share a weight the first."""
+        adapted = {path: self.layers[path] for path in self.config["layers"]}
+        return {path: adapted[path] for path in weight_owners(adapted).values()}
+
+    def adapter_shapes(self) -> dict:
+        """The shapes of the adapters' variables by their names in a file."""
+        shapes = {}
+        for path, layer in self.owners().items():
+            d = self.config["layers"][path]
+            rank = self.config.get("adapters", {}).get(path, self.config)["rank"]
+            a, b = subspace_shape(*matrix_shape_of(layer), d)
+            for name, shape in zip(ADAPTER_VARIABLES, ((a, rank), (rank, b), (d, d))):
+                shapes[f"adapter/{path}/{name}"] = shape
+        return shapes
+
+    def variables(self, also=(), by_hand=True) -> dict:
+        """All that a file holds, by the names that it has there.
+
+        Args:
+            also: names of weights to have in any case, if the model has them.
+            by_hand: bool, whether to have what a user made trainable by hand.
+        """
+        variables = {}
+        for path, layer in self.layers.items():
+            if isinstance(layer, DCFTLayer) and layer.dcft_adapter.host is layer:
+                for name, variable in layer.dcft_adapter.variables.items():
+                    variables[f"adapter/{path}/{name}"] = variable
+        adapters = {id(variable) for variable in variables.values()}
+        told, inside = self._told_to_be_trained()
+        for path, layer in self.outer.items():
+            weights = [v for v in keras_internals.own_weights(layer) if id(v) not in adapters]
+            outside = id(layer) not in inside
+            # Flags may be off for the moment, so what is known to be trained does not need them;
+            # state such as moving statistics belongs to what is trained beside it.
+            whole = id(layer) in told or (
+                outside and (not self.model.trainable or any(v.trainable for v in weights))
+            )
+            for number, variable in enumerate(weights):
+                name = f"trained/{path}/{number}.{variable.name}"
+                # Keras writes a float8 layer's scales, no weights, through the gradients' place.
+                is_trained = variable.trainable and not variable.overwrite_with_gradient
+                is_trained = is_trained and is_touched(layer) and by_hand
+                if whole or is_trained or name in also:
+                    variables[name] = variable
+        return variables
+
+    def _told_to_be_trained(self) -> tuple[set, set]:
+        """The ids of the layers that adapting trains in full, and of all that it touches."""
+        told = [self.layers[path] for path in self.config["trainable_layers"]]
+        roots = self.config.get("roots", [""])
+        inside = [self.layers[path] for path in with_sublayers(roots, self.layers)]
+        if is_task(self.model) and self.part is self.model.backbone:
+            told += [self.outer[path] for path in head_config(self.model)["trainable_layers"]]
+        return {id(layer) for layer in told}, {id(layer) for layer in [*inside, *told]}
 
 
 def _array(variable) -> np.ndarray:
@@ -262,10 +272,10 @@ def _array(variable) -> np.ndarray:
     )
 
 
-def _architecture(part) -> dict:
+def _architecture(layers) -> dict:
     return {
         path: list(weight_shape_of(layer))
-        for path, layer in walk(part).items()
+        for path, layer in layers.items()
         if isinstance(layer, tuple(DCFT_CLASSES)) and layer.built
     }
 
@@ -326,15 +336,15 @@ def _read(path: Path):
     return tensors, metadata
 
 
-def _check_architecture(path, saved, part, config):
-    found = _architecture(part)
+def _check_architecture(path, saved, layers, config):
+    found = _architecture(layers)
     resized = []
     for layer in [*saved, *(layer for layer in found if layer not in saved)]:
         in_file, in_model = saved.get(layer), found.get(layer)
         if in_file == in_model:
             continue
         is_resized = in_file and in_model and in_file[1:] == in_model[1:]
-        is_resized = is_resized and isinstance(walk(part)[layer], keras.layers.Embedding)
+        is_resized = is_resized and isinstance(layers[layer], keras.layers.Embedding)
         if is_resized and layer not in config["layers"]:
             resized.append(f"'{layer}': {in_file[0]} rows in the file, {in_model[0]} here")
             continue
@@ -400,11 +410,9 @@ def _check_tensors(path, tensors, shapes, optional):
             )
 
 
-def _warn_of_another_base(path, saved, part, config):
-    layers = [
-        (layer_path, layer) for layer_path, layer in _owners(part, config) if layer_path in saved
-    ]
-    others = [p for p, layer in layers if differs(fingerprint(layer), saved[p])]
+def _warn_of_another_base(path, saved, owners):
+    layers = {p: layer for p, layer in owners.items() if p in saved}
+    others = [p for p, layer in layers.items() if differs(fingerprint(layer), saved[p])]
     if others:
         warnings.warn(
             f"{path}: trained on another base, so expect another result. The weights of "

@@ -80,13 +80,13 @@ class Before:
 
     Attributes:
         flag: bool, the layer's `trainable`.
-        is_root: bool, whether it is the model that was adapted as a whole.
+        is_part: bool, whether it is the model that was adapted as a whole.
         is_trained: bool, whether it is trained in full since.
     """
 
-    def __init__(self, layer, is_root=False, is_trained=False):
+    def __init__(self, layer, is_part=False, is_trained=False):
         self.flag = layer.trainable
-        self.is_root = is_root
+        self.is_part = is_part
         self.is_trained = is_trained
         # Weak references: a kernel that is quantized later is not to stay in memory in floating
         # point as well.
@@ -127,9 +127,9 @@ def is_touched(layer) -> bool:
     return "_dcft_before" in vars(layer)
 
 
-def is_root(layer) -> bool:
+def is_part(layer) -> bool:
     """Whether it is a model that was adapted as a whole."""
-    return is_touched(layer) and layer._dcft_before.is_root
+    return is_touched(layer) and layer._dcft_before.is_part
 
 
 def plain_view(layer):

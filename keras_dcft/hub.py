@@ -53,7 +53,7 @@ class AdaptedBackbone(AdaptedModel):
 class AdaptedTask(AdaptedBackbone):
     """Mixin of adapted tasks, whose config holds that of their adapted backbone."""
 
-    dcft_is_always_root = True
+    dcft_is_always_part = True
 
     @property
     def dcft_config(self) -> dict:
@@ -96,12 +96,12 @@ def _make_classes():
     backbones = _subclasses(keras_hub.models.Backbone)
     special_classes.update({cls: (AdaptedBackbone, {}) for cls in backbones})
     for cls in backbones:
-        carrying_class(cls, is_root=True)
+        carrying_class(cls, is_part=True)
     for cls in _subclasses(keras_hub.models.Task):
         if cls.backbone_cls in backbones:
-            made = carrying_class(cls.backbone_cls, is_root=True)
+            made = carrying_class(cls.backbone_cls, is_part=True)
             special_classes[cls] = (AdaptedTask, {"backbone_cls": made})
-            carrying_class(cls, is_root=True)
+            carrying_class(cls, is_part=True)
     keep_their_class.extend(keras_hub.models.Preprocessor.__bases__)
 
 

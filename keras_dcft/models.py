@@ -2,15 +2,12 @@
 
 Keras saves a model as a tree of configs, and most layers write only their constructor's arguments.
 So everything that adapting touches, and every model around it, gets a made class that writes the
-object's own serialisation and a `dcft_config` of the layers below it, whichever root is saved:
-
-    {"rank": 1, "alpha": 16.0, "dropout": 0.0, "orthogonality": 0.0,
-     "layers": {path: kernel size}, "trainable_layers": [path]}
-
-and, only where they are needed: `adapters` (path: the numbers, if layers differ in more than the
-kernel size), `roots` (the paths below which everything is adapted, trained or frozen), `untouched`
-(paths below those that are none of it), `flags` (path: what the user froze or thawed, see
-`freezing.special_flags`) and `parts` (the paths of what was adapted as a whole; usually the model).
+object's own serialisation and a `dcft_config` of the layers below it, whichever root is saved. That
+is what `planning.py` decided and, only where they are needed: `adapters` (path: the numbers, if
+layers differ in more than the kernel size), `roots` (the paths below which everything is adapted,
+trained or frozen), `untouched` (paths below those that are none of it), `flags` (path: what the
+user froze or thawed, see `freezing.special_flags`) and `parts` (the paths of what was adapted as a
+whole; usually the model).
 """
 
 import contextlib
@@ -24,19 +21,18 @@ from keras import ops
 from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.freezing import Before, is_touched
 from keras_dcft.layers.base import DCFTLayer, check_quantization
-from keras_dcft.paths import dcft_layers, joined, walk, with_sublayers
+from keras_dcft.paths import dcft_layers, joined, with_itself, with_sublayers
 from keras_dcft.planning import check_adaptable
-from keras_dcft.reclassing import DCFT_CLASSES, dcft_class, made_class, weight_of
+from keras_dcft.reclassing import DCFT_CLASSES, dcft_class, made_class, weight_of, weight_owners
 from keras_dcft.settings import AdapterSettings
 
 PACKAGE = "keras_dcft"
-COMMON = ("rank", "alpha", "dropout", "orthogonality")
 
 
 class Carried:
     """Mixin of all made classes: what they write is the original and what was done to it."""
 
-    dcft_is_always_root = False
+    dcft_is_always_part = False
 
     def get_config(self):
         keras_internals.check_config_is_for_keras_file()
@@ -101,10 +97,8 @@ class AdaptedModel(Touched):
     @property
     def dcft_config(self) -> dict:
         """The adapters' settings: rank, alpha, ..., the kernel size of each layer by path."""
-        config = config_of(self)
-        return {
-            k: config[k] for k in (*COMMON, "layers", "trainable_layers", "adapters") if k in config
-        }
+        special = ("roots", "untouched", "flags", "parts")
+        return {key: value for key, value in config_of(self).items() if key not in special}
 
     def save(self, filepath, *args, **kwargs):
         if str(filepath).endswith((".h5", ".hdf5")):
@@ -167,8 +161,9 @@ def _holds_adapters(path) -> bool:
 @contextlib.contextmanager
 def _named_as_base(model):
     """Inside it all layers are called as the base's, which is how Keras finds them in files."""
-    layers = [model, *walk(model).values()]
-    changed = [(x, type(x)) for x in layers if isinstance(x, (Carried, DCFTLayer))]
+    changed = [
+        (x, type(x)) for x in with_itself(model).values() if isinstance(x, (Carried, DCFTLayer))
+    ]
     for layer, cls in changed:
         base = cls.dcft_base_class
         layer.__class__ = made_class(cls, name=base.__name__, dcft_base_class=base)
@@ -191,28 +186,28 @@ keep_their_class = []
 
 
 @functools.cache
-def carrying_class(cls, *mixins, is_root=False):
+def carrying_class(cls, *mixins, is_part=False):
     """The class of a touched object, or of a model that holds some.
 
     Args:
         cls: the object's own class.
         *mixins: `freezing.Frozen`, `AwaitsBuilding`, or a DCFT class, if they apply.
-        is_root: whether it is a model that was adapted as a whole, whose class has another name.
+        is_part: whether it is a model that was adapted as a whole, whose class has another name.
     """
-    mixin = AdaptedModel if issubclass(cls, keras.Model) else Touched
-    mixin, attributes = special_classes.get(cls, (mixin, {}))
+    carrier = AdaptedModel if issubclass(cls, keras.Model) else Touched
+    carrier, attributes = special_classes.get(cls, (carrier, {}))
     is_dcft = any(issubclass(mixin, DCFTLayer) for mixin in mixins)
-    name = f"DCFT{cls.__name__}" if is_root or is_dcft or mixin.dcft_is_always_root else None
+    name = f"DCFT{cls.__name__}" if is_part or is_dcft or carrier.dcft_is_always_part else None
     if is_dcft:
         bases = (Carried, *mixins)
     else:
-        bases = mixins if AwaitsBuilding in mixins else (*mixins, mixin)
+        bases = mixins if AwaitsBuilding in mixins else (*mixins, carrier)
     made = made_class(cls, *bases, name=name, **attributes)
     # All are saved under the one name that a new process knows, and any of them can load it; of
     # several classes of one name Keras finds the last.
     is_special = cls in special_classes
     saved_as = f"DCFT{cls.__name__}" if is_special else DCFTModel.__name__
-    main = made_class(cls, mixin, name=saved_as, **attributes) if is_special else DCFTModel
+    main = made_class(cls, carrier, name=saved_as, **attributes) if is_special else DCFTModel
     for registered in (made, main):
         keras.saving.register_keras_serializable(PACKAGE, saved_as)(registered)
     return made
@@ -220,7 +215,7 @@ def carrying_class(cls, *mixins, is_root=False):
 
 def adapt_when_built(model, config):
     """Adapts a model or layer from a file, or has it adapted when a call has built it."""
-    layers = {"": model, **walk(model)}
+    layers = with_itself(model)
     if model.built and all(layers[path].built for path in config["layers"] if path in layers):
         adapt(model, config)
         carry([model])
@@ -241,7 +236,7 @@ def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (f
         config: a `dcft_config`.
         initializers: `AdapterSettings`, of which only these are taken.
     """
-    layers = {"": model, **walk(model)}
+    layers = with_itself(model)
     _check_paths(model, config, layers)
     untouched = set(config.get("untouched", ()))
     touched = {
@@ -250,20 +245,20 @@ def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (f
         if path not in untouched and not is_touched(layers[path])
     }
     trained = set(with_sublayers(config["trainable_layers"], layers))
+    parts = config.get("parts", [""])
     awake = {id(layers[path]) for path in {*trained, *config["layers"]}}
     adapted = [path for path in config["layers"] if path in touched]
     settings = _settings(config, layers, initializers)
     try:
         for path, layer in touched.items():
-            is_root = path in config.get("parts", [""])
-            layer._dcft_before = Before(layer, is_root, path in trained)
+            layer._dcft_before = Before(layer, path in parts, path in trained)
         for path, layer in touched.items():
             if path not in config["layers"]:
                 _freeze_or_wake(layer, awake)
-        owners = {}
+        adapters = {}
         for path in adapted:
-            owner = owners.setdefault(id(weight_of(layers[path])), layers[path])
-            _adapt_layer(layers[path], settings[path], owner)
+            weight = id(weight_of(layers[path]))
+            adapters[weight] = _adapt_layer(layers[path], settings[path], adapters.get(weight))
         for path, flags in config.get("flags", {}).items():
             if path in touched:
                 freezing.set_flags(layers[path], flags)
@@ -287,8 +282,8 @@ def _check_paths(model, config, layers):
 
 def _settings(config, layers, initializers) -> dict:
     """The settings of each layer by path; layers that share a weight count once in the penalty."""
-    count = len({id(weight_of(layers[path])) for path in config["layers"]}) or 1
-    common = {name: config[name] for name in COMMON}
+    count = len(set(weight_owners({p: layers[p] for p in config["layers"]}).values())) or 1
+    common = {name: config[name] for name in initializers.common()}
     common["orthogonality"] /= count
     own = config.get("adapters", {})
     return {
@@ -317,24 +312,25 @@ def _carry(layer, *mixins):
     if isinstance(layer, (Carried, DCFTLayer, *keep_their_class)):
         return
     cls = type(layer)
-    layer.__class__ = carrying_class(cls, *mixins, is_root=freezing.is_root(layer))
+    layer.__class__ = carrying_class(cls, *mixins, is_part=freezing.is_part(layer))
     if isinstance(layer, keras.Model):
         keras_internals.wrap_quantize(layer, check_quantization)
     elif cls in DCFT_CLASSES:  # which Keras quantizes, but not their subclasses
         keras_internals.wrap_quantize(layer, check_quantization, type_check=False)
 
 
-def _adapt_layer(layer, settings, owner):
+def _adapt_layer(layer, settings, shared):
     cls = dcft_class(type(layer))
     is_plain = type(layer) is cls.dcft_base_class
     layer.__class__ = cls if is_plain else carrying_class(type(layer), cls)
     with keras_internals.unlocked(layer):
-        layer.dcft_adapt(settings, owner=None if owner is layer else owner)
+        layer.dcft_adapt(settings, shared)
+    return layer.dcft_adapter
 
 
 def config_of(model) -> dict:
     """The `dcft_config` of a model that holds adapted layers, read off from them."""
-    layers = {"": model, **walk(model)}
+    layers = with_itself(model)
     touched = {path: layer for path, layer in layers.items() if is_touched(layer)}
     adapters = {p: layer.dcft_adapter for p, layer in touched.items() if hasattr(layer, "dcft_a")}
     numbers = {path: adapter.settings.common() for path, adapter in adapters.items()}
@@ -361,7 +357,7 @@ def config_of(model) -> dict:
         "untouched": untouched,
         "flags": {path: of_layer for path, of_layer in flags.items() if of_layer},
     }
-    parts = [path for path, layer in layers.items() if freezing.is_root(layer)]
+    parts = [path for path, layer in layers.items() if freezing.is_part(layer)]
     if parts != [""]:
         config["parts"] = parts
     return {**config, **{name: value for name, value in special.items() if value}}
@@ -370,7 +366,7 @@ def config_of(model) -> dict:
 def carry(models):
     """Gives every model that holds adapted layers, and all between, the class to carry them."""
     for model in models:
-        for layer in [model, *walk(model).values()]:
+        for layer in with_itself(model).values():
             if any(isinstance(below, DCFTLayer) for below in layer._flatten_layers()):
                 _carry(layer)
 
@@ -404,12 +400,12 @@ def release_all(model, holders, put_back=False):
         holders: every model that holds one of them.
         put_back: bool, as for `release`.
     """
-    layers = [model, *walk(model).values()]
+    layers = with_itself(model).values()
     release(layers, put_back)
     keras_internals.track_torch_parameters(layers)
     for holder in holders:
         if not dcft_layers(holder):
-            release([holder, *walk(holder).values()], put_back)
+            release(with_itself(holder).values(), put_back)
 
 
 def trained_in_full(model) -> list:

@@ -2,6 +2,8 @@
 
 import re
 
+import keras
+
 from keras_dcft import keras_internals
 from keras_dcft.layers.base import DCFTLayer
 from keras_dcft.settings import shortened
@@ -63,10 +65,36 @@ def _names_of_backbones() -> list:
     return sorted(names, key=len, reverse=True)
 
 
+def with_itself(model) -> dict:
+    """A model, under the path "", and every layer below it."""
+    return {"": model, **walk(model)}
+
+
 def dcft_layers(model) -> dict:
     """The adapted layers of a model by path, the model itself included."""
-    layers = {"": model, **walk(model)}
+    layers = with_itself(model)
     return {path: layer for path, layer in layers.items() if isinstance(layer, DCFTLayer)}
+
+
+def checked_model(model):
+    """The model; raises TypeError if it is none."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a keras.Model. Received: model={shortened(repr(model))} of type "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def required_dcft_layers(model) -> dict:
+    """The adapted layers of a model by path; raises TypeError or ValueError if it has none."""
+    layers = dcft_layers(checked_model(model))
+    if not layers:
+        raise ValueError(
+            "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
+            f"'{model.name}' of type {type(model).__name__} with none."
+        )
+    return layers
 
 
 def keras_paths(layers: dict) -> dict:

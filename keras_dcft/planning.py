@@ -33,6 +33,7 @@ from keras_dcft.reclassing import (
     matrix_shape_of,
     overridden,
     weight_of,
+    weight_owners,
 )
 from keras_dcft.settings import checked_positive_int
 
@@ -123,11 +124,7 @@ def plan_adaptation(
             f"built, and so left frozen instead of adapted: {listed(unbuilt, layers)}.",
             stacklevel=3,
         )
-    return {
-        **settings.common(),
-        "layers": kernel_sizes,
-        "trainable_layers": trained,
-    }
+    return {**settings.common(), "layers": kernel_sizes, "trainable_layers": trained}
 
 
 def sizes_by_pattern(argument: str, kernel_size) -> dict:
@@ -150,16 +147,6 @@ def sizes_by_pattern(argument: str, kernel_size) -> dict:
                 f"{type(size).__name__}"
             )
     return {p: checked_positive_int(argument, size) for p, size in sizes.items()}
-
-
-def checked_model(model):
-    """The model; raises TypeError if it is none."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a keras.Model. Received: model={shortened(repr(model))} of type "
-            f"{type(model).__name__}"
-        )
-    return model
 
 
 def check_built(model):
@@ -311,13 +298,11 @@ def _check_ties(targets, layers):
 
 
 def _check_shared_sizes(kernel_sizes, targeted):
-    owners = {}
-    for path, layer in targeted.items():
-        owner = owners.setdefault(id(weight_of(layer)), path)
+    for path, owner in weight_owners(targeted).items():
         if kernel_sizes[path] != kernel_sizes[owner]:
             raise ValueError(
                 f"`kernel_size` must be the same for {named(owner, targeted[owner])} and "
-                f"{named(path, layer)}, which share one weight. "
+                f"{named(path, targeted[path])}, which share one weight. "
                 f"Received: {kernel_sizes[owner]} and {kernel_sizes[path]}."
             )
 

@@ -77,6 +77,12 @@ def weight_of(layer):
     return dcft_class(type(layer)).dcft_weight_of(layer)
 
 
+def weight_owners(layers: dict) -> dict:
+    """For each of these layers, by path, the path of the first that has the same weight."""
+    first = {}
+    return {path: first.setdefault(id(weight_of(layer)), path) for path, layer in layers.items()}
+
+
 def weight_shape_of(layer) -> tuple:
     """The shape of a layer's weight before it was quantized, also if the layer is left out."""
     base = next(base for base in DCFT_CLASSES if isinstance(layer, base))

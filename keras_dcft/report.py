@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_dcft.hub import task_backbone
-from keras_dcft.paths import dcft_layers, other_name
-from keras_dcft.planning import checked_model
+from keras_dcft.paths import dcft_layers, other_name, required_dcft_layers
 
 
 def dcft_summary(model: keras.Model, print_fn=None):
@@ -30,12 +29,8 @@ def dcft_summary(model: keras.Model, print_fn=None):
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
         >>> dcft_summary(enable_dcft(model), print_fn=lambda text: None)
     """
-    layers = dcft_layers(task_backbone(checked_model(model))) or dcft_layers(model)
-    if not layers:
-        raise ValueError(
-            "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
-            f"'{model.name}' with none."
-        )
+    layers = required_dcft_layers(model)
+    layers = dcft_layers(task_backbone(model)) or layers
     shared = {id(layer.dcft_adapter): layer.dcft_adapter for layer in layers.values()}
     table = Table(title=f'DCFT layers of "{model.name}"', title_justify="left", show_footer=True)
     adapters = sum(adapter.parameter_count for adapter in shared.values())

@@ -10,8 +10,8 @@ from keras_dcft import freezing, keras_internals, selection
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.models import adapt, carry, release_all, trained_in_full
-from keras_dcft.paths import dcft_layers, joined, walk
-from keras_dcft.planning import checked_model, plan_adaptation
+from keras_dcft.paths import checked_model, joined, required_dcft_layers, walk, with_itself
+from keras_dcft.planning import plan_adaptation
 from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
@@ -102,7 +102,7 @@ def enable_dcft(
 def adapt_and_reset(model, part, config, settings=AdapterSettings()):  # noqa: B008 (frozen)
     """Adapts a part of a model and has every model that holds it carry it and compile anew."""
     with selection.calls.changing(), keras_internals.strategy_scope(part):
-        holders = _holders(model, [part, *walk(part).values()])
+        holders = _holders(model, with_itself(part).values())
         try:
             adapt(part, config, settings)
             if is_task(model) and part is model.backbone:
@@ -119,7 +119,7 @@ def _reset(holders):
     """Makes models compile anew, and PyTorch see their present variables."""
     for holder in holders:
         keras_internals.reset_compiled_state(holder)
-        keras_internals.track_torch_parameters([holder, *walk(holder).values()])
+        keras_internals.track_torch_parameters(with_itself(holder).values())
 
 
 def _holders(model, layers):
@@ -229,9 +229,7 @@ def dcft_disabled(model: keras.Model):
         >>> with dcft_disabled(enable_dcft(model)):
         ...     outputs = model(keras.ops.ones((1, 32)))
     """
-    layers = dcft_layers(checked_model(model)).values()
-    if not layers:
-        raise ValueError(_nothing_adapted(model))
+    layers = required_dcft_layers(model).values()
     filters = {id(v): v for v in (layer.dcft_filter for layer in layers if layer.built)}
     zeros = [(v, np.zeros(v.shape, "float32")) for v in filters.values()]
     base = [(v, freezing.base_value(v)) for v in trained_in_full(model)]
@@ -239,17 +237,8 @@ def dcft_disabled(model: keras.Model):
         yield model
 
 
-def _nothing_adapted(model):
-    return (
-        "Call `enable_dcft(model)` first: `model` must have DCFT layers. Received: model "
-        f"'{model.name}' of type {type(model).__name__} with none."
-    )
-
-
 def _own_dcft_layers(model):
-    layers = dcft_layers(checked_model(model))
-    if not layers:
-        raise ValueError(_nothing_adapted(model))
+    layers = required_dcft_layers(model)
     unbuilt = [path for path, layer in layers.items() if not layer.built]
     if unbuilt:
         raise ValueError(f"Build `model` first. Received: layers {joined(unbuilt)}, not built.")

@@ -212,16 +212,16 @@ def test_every_keras_hub_backbone_and_task_has_a_class():
     for cls in plain:
         if issubclass(cls, keras_hub.models.Task) and cls.backbone_cls is None:
             continue
-        made = carrying_class(cls, is_root=True)
+        made = carrying_class(cls, is_part=True)
         assert issubclass(made, cls)
         assert keras.saving.get_registered_object(f"keras_dcft>DCFT{cls.__name__}") is made
         if issubclass(cls, keras_hub.models.Task):
-            assert made.backbone_cls is carrying_class(cls.backbone_cls, is_root=True)
+            assert made.backbone_cls is carrying_class(cls.backbone_cls, is_part=True)
 
 
 def test_one_made_class_per_class_and_all_saved_under_one_name():
-    made = carrying_class(Subclassed, is_root=True)
-    assert made is carrying_class(Subclassed, is_root=True)
+    made = carrying_class(Subclassed, is_part=True)
+    assert made is carrying_class(Subclassed, is_part=True)
     assert issubclass(made, Subclassed)
     assert keras.saving.get_registered_name(made) == "keras_dcft>DCFTModel"
     assert issubclass(keras.saving.get_registered_object("keras_dcft>DCFTModel"), keras.Model)
@@ -240,7 +240,7 @@ def test_a_config_for_another_architecture_is_refused():
     config = adapted("backbone").get_config()
     config["num_layers"] = 1
     with pytest.raises(ValueError, match=r"does not have: .*transformer_layer_1"):
-        carrying_class(keras_hub.models.BertBackbone, is_root=True).from_config(config)
+        carrying_class(keras_hub.models.BertBackbone, is_part=True).from_config(config)
 
 
 @pytest.mark.real

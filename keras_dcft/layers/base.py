@@ -16,10 +16,10 @@ class DCFTLayer:
 
     A class that uses it comes before the Keras layer in the bases, names that layer in
     `dcft_base_class` and the attribute of its frozen weight in `dcft_weight_name`, and gives the
-    matrix view of that weight: `dcft_weight_shape_of` and `dcft_matrix_shape_of`, which also take
-    a layer of the base class and, while it is being built, the shape of its inputs, and
-    `_dcft_from_matrix`. A user's layer may have any attributes, so all of ours, and all methods
-    that are not Keras's, have `dcft` in their names.
+    matrix view of that weight: `dcft_weight_shape_of`, and where the weight is none itself
+    `dcft_matrix_shape_of` and `_dcft_from_matrix`. The first two also take a layer of the base
+    class and, while it is being built, the shape of its inputs. A user's layer may have any
+    attributes, so all of ours, and all methods that are not Keras's, have `dcft` in their names.
     """
 
     dcft_base_class: type
@@ -27,12 +27,20 @@ class DCFTLayer:
     dcft_adapter = None
     _dcft_loaded_flags = None
 
-    def dcft_adapt(self, settings: AdapterSettings, owner=None, input_shape=None):
+    @classmethod
+    def dcft_matrix_shape_of(cls, layer, input_shape=None) -> tuple[int, int]:
+        """The shape of a layer's weight as a matrix."""
+        return cls.dcft_weight_shape_of(layer, input_shape)
+
+    def _dcft_from_matrix(self, matrix):
+        return matrix
+
+    def dcft_adapt(self, settings: AdapterSettings, shared=None, input_shape=None):
         """Freezes what the layer has and gives it an adapter.
 
         Args:
             settings: the adapter's.
-            owner: a DCFT layer of the same frozen weight, whose adapter this one is to share.
+            shared: the `Adapter` of another layer with the same frozen weight, or None.
             input_shape: shape of the inputs for a layer that is being built.
         """
         if not freezing.is_touched(self):
@@ -41,10 +49,10 @@ class DCFTLayer:
         # By default Keras refuses subclasses, which might hold other weights than their base class.
         keras_internals.wrap_quantize(self, check_quantization, type_check=False)
         self.dcft_settings = settings
-        if owner is None:
+        if shared is None:
             adapter = Adapter(self, settings, self.dcft_matrix_shape_of(self, input_shape))
         else:
-            adapter = owner.dcft_adapter
+            adapter = shared
             for variable in adapter.variables.values():
                 keras_internals.track_variable(self, variable)
         self.dcft_adapter = adapter
@@ -121,9 +129,7 @@ class DCFTLayer:
 
     def dcft_merge(self):
         """Moves the increment into the frozen weight; the layer computes the same all the while."""
-        weight = self.dcft_frozen_weight()
-        merged = ops.add(ops.cast(weight, "float32"), self.dcft_increment())
-        weight.assign(ops.cast(merged, weight.dtype))
+        self.dcft_frozen_weight().assign(self.dcft_effective_weight())
         self.dcft_filter.assign(ops.zeros(self.dcft_filter.shape))
 
     def _dcft_constant(self, variable):

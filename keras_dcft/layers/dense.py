@@ -77,11 +77,6 @@ class DCFTDense(DCFTKernel, keras.layers.Dense):
         # Not the kernel's: int4 kernels are packed, calibrated ones transposed.
         return (layer.input_spec.axes[-1], layer.units)
 
-    dcft_matrix_shape_of = dcft_weight_shape_of
-
-    def _dcft_from_matrix(self, matrix):
-        return matrix
-
     def _dcft_product(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 

@@ -24,11 +24,9 @@ class DCFTTable(DCFTLayer):
     def dcft_weight_shape_of(layer, input_shape=None) -> tuple:
         return (layer.input_dim, layer.output_dim)
 
-    dcft_matrix_shape_of = dcft_weight_shape_of
-
-    def dcft_adapt(self, settings, owner=None, input_shape=None):
+    def dcft_adapt(self, settings, shared=None, input_shape=None):
         # A lookup has no input to drop parts of.
-        super().dcft_adapt(dataclasses.replace(settings, dropout=0.0), owner, input_shape)
+        super().dcft_adapt(dataclasses.replace(settings, dropout=0.0), shared, input_shape)
 
     def get_config(self):
         config = super().get_config()
@@ -38,9 +36,6 @@ class DCFTTable(DCFTLayer):
     def build(self, input_shape=None):
         if not self.built:  # Keras's own returns as well when it is called again
             super().build(input_shape)
-
-    def _dcft_from_matrix(self, matrix):
-        return matrix
 
     @property
     def embeddings(self):
