@@ -9,7 +9,14 @@ from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
 from keras_dcft.schedules import LinearWarmupDecay
-from keras_dcft.verbs import PAPER_RECIPE, dcft_disabled, enable_dcft, merge_dcft, remove_dcft
+from keras_dcft.verbs import (
+    PAPER_RECIPE,
+    activate_dcft,
+    dcft_disabled,
+    enable_dcft,
+    merge_dcft,
+    remove_dcft,
+)
 
 __version__ = "0.1.0"
 
@@ -22,6 +29,7 @@ __all__ = [
     "DCFTReversibleEmbedding",
     "LinearWarmupDecay",
     "Orthonormality",
+    "activate_dcft",
     "dcft_disabled",
     "dcft_parameter_table",
     "dcft_summary",

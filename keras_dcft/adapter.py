@@ -1,7 +1,6 @@
 """The adapter: its settings, its three variables, and what they make of inputs."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dcft import increments
@@ -73,15 +72,6 @@ class Adapter:
         return increments.parameter_count(
             *self.matrix_shape, self.settings.kernel_size, self.settings.rank
         )
-
-    def check_finite(self, path):
-        """Raises ValueError, with the layer's path, if a value is infinite or none."""
-        for name, variable in self.variables.items():
-            if not np.isfinite(ops.convert_to_numpy(variable)).all():
-                raise ValueError(
-                    "Load an adapter that did not diverge, or remove this one: its values must be "
-                    f"finite. Received: NaN or infinity in '{path}/{name}'."
-                )
 
     def increment(self):
         """The increment by its definition (paper, equation 5), a float32 tensor (in, out)."""

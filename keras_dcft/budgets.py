@@ -7,6 +7,7 @@ import keras
 from rich.console import Console
 from rich.table import Table
 
+from keras_dcft import shares
 from keras_dcft.hub import task_backbone
 from keras_dcft.increments import parameter_count
 from keras_dcft.paths import checked_model, walk
@@ -131,7 +132,7 @@ def dcft_parameter_table(
     task's head. The model is not changed.
 
     Args:
-        model: a built `keras.Model` that is not adapted yet.
+        model: a built `keras.Model`, adapted or not.
         kernel_sizes: sequence of what `enable_dcft` takes as `kernel_size`, ints and dicts of
             regular expressions to ints.
         rank: int, DCFT's rank inside the subspace.
@@ -166,7 +167,7 @@ def dcft_parameter_table(
     return ParameterTable(
         model=model.name,
         rank=rank,
-        base_parameters=model.count_params(),
+        base_parameters=shares.size(shares.base_weights(model).values()),
         shapes=tuple(shapes.values()),
         dcft_parameters=dcft_parameters,
         lora_parameters={rank: rank * sum(map(sum, shapes.values())) for rank in LORA_RANKS},
@@ -184,7 +185,7 @@ def kernel_size_for_budget(
     """The smallest kernel size, that is the finest subspace, whose adapters keep to a budget.
 
     Args:
-        model: a built `keras.Model` that is not adapted yet.
+        model: a built `keras.Model`, adapted or not.
         parameters: int, the most numbers that the adapters may train, without a task's head.
         rank, target_layers, exclude_layers: as for `enable_dcft`.
 

@@ -11,6 +11,7 @@ import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.files import SUFFIX, read_notes, save_dcft_weights
+from keras_dcft.named import the_name
 from keras_dcft.paths import required_dcft_layers
 from keras_dcft.settings import shortened
 
@@ -36,6 +37,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             epochs. What is logged then is about the epoch so far, and nothing of validation.
         initial_value_threshold: float, with `save_best_only` the value that the first file has to
             beat already, or None.
+        name: str, the adapter to write, where the model has several; the active one if None.
 
     Raises:
         ValueError: if `filepath` ends otherwise, or `mode` or `save_freq` is none of the above;
@@ -58,6 +60,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         verbose=0,
         save_freq="epoch",
         initial_value_threshold=None,
+        name=None,
     ):
         super().__init__()
         if not str(filepath).endswith(SUFFIX):
@@ -82,6 +85,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
         self.verbose = verbose
         self.save_freq = save_freq
         self.best = initial_value_threshold
+        self.name = name
         # Otherwise Keras waits for the results of every batch, for `on_train_batch_end` to see.
         self.async_safe = save_freq == "epoch"
         self._epoch = 0
@@ -90,6 +94,8 @@ class DCFTCheckpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         required_dcft_layers(self.model)
+        if self.name is not None:
+            the_name(self.model, self.name)
         if not self._is_mode_given:
             name = self.monitor.removeprefix("val_")
             direction = keras_internals.metric_direction(self.model, name)
@@ -147,7 +153,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             notes = {"monitor": self.monitor, "value": value}
         path = self._path({**logs, **place})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_dcft_weights(self.model, path, notes={**place, **notes})
+        save_dcft_weights(self.model, path, notes={**place, **notes}, name=self.name)
         if self.verbose:
             print(f"Epoch {place['epoch']}: wrote {path}")
 

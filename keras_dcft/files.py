@@ -26,14 +26,15 @@ import safetensors
 import safetensors.numpy
 from keras import ops
 
-from keras_dcft import freezing, keras_internals, selection
+from keras_dcft import keras_internals, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.fingerprints import differs, fingerprint
 from keras_dcft.freezing import is_part, is_touched
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.increments import subspace_shape
 from keras_dcft.layers.base import DCFTLayer
-from keras_dcft.models import config_of, trained_in_full
+from keras_dcft.models import adapter_names, config_of
+from keras_dcft.named import add, checked_name, the_name
 from keras_dcft.paths import (
     checked_model,
     dcft_layers,
@@ -45,6 +46,8 @@ from keras_dcft.paths import (
 )
 from keras_dcft.planning import check_built
 from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_owners, weight_shape_of
+from keras_dcft.settings import AdapterSettings
+from keras_dcft.shares import DEFAULT_NAME
 from keras_dcft.verbs import adapt_and_reset
 
 SUFFIX = ".dcft.safetensors"
@@ -52,7 +55,9 @@ FORMAT = "keras_dcft"
 FORMAT_VERSION = 2
 
 
-def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
+def save_dcft_weights(
+    model: keras.Model, path, notes: dict | None = None, *, name: str | None = None
+):
     """Writes what was trained in an adapted model to a `*.dcft.safetensors` file.
 
     That is the adapters, the layers trained in full beside them, a task's head, and whatever else
@@ -65,9 +70,11 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
         model: a model adapted with `enable_dcft`.
         path: str or path that ends with `.dcft.safetensors`; its folder must exist.
         notes: dict of plain data to keep in the file, or None.
+        name: str, the adapter to write, active or not, where the model has several.
 
     Raises:
-        ValueError: if the model is not adapted or the name ends otherwise.
+        ValueError: if the model is not adapted, has several adapters and none of this name, or if
+            the path ends otherwise.
         OSError: if the file cannot be written.
 
     Example:
@@ -83,15 +90,15 @@ def save_dcft_weights(model: keras.Model, path, notes: dict | None = None):
         raise FileNotFoundError(f"Make the folder first. Received: path={str(path)!r}")
     required_dcft_layers(model)
     with selection.calls.changing(also_inside=True):
-        tensors, metadata = _content(model, notes)
+        tensors, metadata = _content(model, the_name(model, name), notes)
     _write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
-def _content(model, notes) -> tuple[dict, dict]:
+def _content(model, name, notes) -> tuple[dict, dict]:
     """The tensors and the metadata of a model's file."""
-    place = _Place(model)
+    place = _Place(model, name)
     config = {k: v for k, v in place.config.items() if k != "flags"}
-    tensors = {name: _array(variable) for name, variable in place.variables().items()}
+    tensors = {key: _array(value) for key, value in place.variables().items()}
     part = place.part
     metadata = {
         "format": FORMAT,
@@ -107,16 +114,19 @@ def _content(model, notes) -> tuple[dict, dict]:
     return tensors, metadata
 
 
-def load_dcft_weights(model: keras.Model, path) -> keras.Model:
+def load_dcft_weights(model: keras.Model, path, *, name: str | None = None) -> keras.Model:
     """Loads an adapter file into a model, all of it or, with an error, nothing.
 
     A plain model is adapted first, with the file's settings. In a model that is adapted already
     with the same settings only values are replaced: nothing is compiled or traced anew. Weights
-    that were trained when the file was written are trainable afterwards.
+    that were trained when the file was written are trainable afterwards. Under a new name the file
+    becomes one more adapter of an adapted model, which `activate_dcft` makes compute.
 
     Args:
         model: a built model of the architecture that the file was saved from.
         path: str or path of a file that `save_dcft_weights` wrote.
+        name: str, the adapter to load into, or a new one. By default it is the only one, and in a
+            plain model "default".
 
     Returns:
         The model.
@@ -139,20 +149,23 @@ def load_dcft_weights(model: keras.Model, path) -> keras.Model:
     check_built(checked_model(model))
     tensors, metadata = _read(path)
     with selection.calls.changing():
-        _load(model, path, tensors, metadata)
+        names = adapter_names(model)
+        if name is None:
+            name = the_name(model) if names else DEFAULT_NAME
+        _load(model, checked_name(name), names, path, tensors, metadata)
     return model
 
 
-def _load(model, path, tensors, metadata):
+def _load(model, name, names, path, tensors, metadata):
     config = json.loads(metadata["dcft_config"])
-    adapted = dcft_layers(model)
-    if any(selection.is_off(layer.dcft_filter) for layer in adapted.values()):
+    if any(selection.is_off(layer.dcft_filter) for layer in dcft_layers(model).values()):
         raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
-    if adapted:
-        place = _Place(model)
+    if name in names:
+        place = _Place(model, name)
         _check_settings(path, config, place.config)
     else:
-        place = _Place(model, walk(model).get(metadata["part"], task_backbone(model)), config)
+        plain = walk(model).get(metadata["part"], task_backbone(model))
+        place = _Place(model, name, config, None if names else plain)
     _check_architecture(path, json.loads(metadata["architecture"]), place.layers, config)
     variables = place.variables(also=tensors)
     shapes = {name: variable.shape for name, variable in variables.items()}
@@ -160,17 +173,21 @@ def _load(model, path, tensors, metadata):
     by_hand = set(shapes) - set(place.variables(by_hand=False))
     _check_tensors(path, tensors, {**place.adapter_shapes(), **shapes}, by_hand)
     _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), place.owners())
-    if not adapted:
-        adapt_and_reset(model, place.part, config)
+    if name not in names:
+        if names:
+            add(model, place.part, config, AdapterSettings(), name)
+        else:
+            adapt_and_reset(model, place.part, {**config, "active": name})
         variables = place.variables(also=tensors)
     # What another file had trained is the base's again.
-    for variable in trained_in_full(model):
-        variable.assign(freezing.base_value(variable))
-    for name, variable in variables.items():
-        if name in by_hand:
-            variable.trainable = name in tensors
-        if name in tensors:
-            variable.assign(tensors[name])
+    for layer in place.outer.values():
+        if name in shares.names_of(layer):
+            shares.put_base_back(layer, name)
+    for key, variable in variables.items():
+        if key in by_hand:
+            variable.trainable = key in tensors
+        if key in tensors:
+            variable.assign(tensors[key])
 
 
 def read_notes(path) -> dict:
@@ -189,16 +206,17 @@ class _Place:
 
     Attributes:
         model: the model, adapted or about to be.
+        name: str, the name of its adapter.
         part: the adapted model at or below it.
-        config: the part's `dcft_config`.
+        config: the part's `dcft_config` for this adapter.
         outer, layers: dicts of the model and of the part, each with all layers below it, by path.
     """
 
-    def __init__(self, model, part=None, config=None):
-        self.model, self.outer = model, with_itself(model)
+    def __init__(self, model, name, config=None, part=None):
+        self.model, self.name, self.outer = model, name, with_itself(model)
         self.part = part or self._adapted_part()
         self.layers = self.outer if self.part is model else with_itself(self.part)
-        self.config = config or config_of(self.part)
+        self.config = config or config_of(self.part, name)
 
     def _adapted_part(self):
         """The one model that was adapted as a whole, with none inside, or else the model itself."""
@@ -231,13 +249,14 @@ class _Place:
         """
         variables = {}
         for path, layer in self.layers.items():
-            if isinstance(layer, DCFTLayer) and layer.dcft_adapter.host is layer:
-                for name, variable in layer.dcft_adapter.variables.items():
-                    variables[f"adapter/{path}/{name}"] = variable
-        adapters = {id(variable) for variable in variables.values()}
+            for key, variable in shares.adapter_values(layer, self.name).items():
+                variables[f"adapter/{path}/{key}"] = variable
         told, inside = self._told_to_be_trained()
+        part = {id(layer) for layer in self.layers.values()}
         for path, layer in self.outer.items():
-            weights = [v for v in keras_internals.own_weights(layer) if id(v) not in adapters]
+            weights = shares.own_variables(layer, self.name)
+            if isinstance(layer, DCFTLayer) and id(layer) not in part:
+                weights = keras_internals.own_weights(layer)
             outside = id(layer) not in inside
             # Flags may be off for the moment, so what is known to be trained does not need them;
             # state such as moving statistics belongs to what is trained beside it.
@@ -264,7 +283,8 @@ class _Place:
 
 
 def _array(variable) -> np.ndarray:
-    variable = selection.trained_value(variable)
+    is_waiting = isinstance(variable, shares.Waiting)
+    variable = variable.value if is_waiting else selection.trained_value(variable)
     # NumPy has no bfloat16; float32 holds each of its values exactly.
     is_low = "bfloat16" in str(variable.dtype)
     return np.ascontiguousarray(

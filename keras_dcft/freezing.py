@@ -13,7 +13,9 @@ from keras import ops
 
 from keras_dcft import keras_internals
 
+# What the names of these begin with in a layer's part of a file.
 BASE = "dcft_base_"
+SHARE = "dcft_share_"
 
 
 def keep_base(variable):
@@ -156,12 +158,16 @@ def special_flags(layer) -> dict:
     if not is_touched(layer):
         return {}
     own = keras_internals.own_weights(layer)
-    trained = {id(v) for v in keras_internals.own_trainable_variables(layer)}
     before = [layer._dcft_before.flag, layer._dcft_before.flags(layer)]
     now = [layer.trainable, [v.trainable for v in own]]
-    usual = [not isinstance(layer, Frozen), [id(v) in trained for v in own]]
     flags = {"before": before} if before != [True, [True] * len(own)] else {}
-    return {**flags, "now": now} if now != usual else flags
+    return {**flags, "now": now} if now != _usual_flags(layer) else flags
+
+
+def _usual_flags(layer) -> list:
+    trained = {id(v) for v in keras_internals.own_trainable_variables(layer)}
+    own = [id(v) in trained for v in keras_internals.own_weights(layer)]
+    return [not isinstance(layer, Frozen), own]
 
 
 def set_flags(layer, flags):
@@ -171,10 +177,15 @@ def set_flags(layer, flags):
     if "before" in flags:
         layer._dcft_before.set_flags(layer, *flags["before"])
     if "now" in flags:
-        flag, own = flags["now"]
-        for variable, is_trainable in zip(keras_internals.own_weights(layer), own):
-            variable.trainable = is_trainable
-        keras_internals.set_trainable_flag(layer, flag)
+        set_flags_now(layer, flags["now"])
+
+
+def set_flags_now(layer, flags=None):
+    """Gives a layer the flags that `special_flags` told of now, or the usual ones."""
+    flag, own = flags or _usual_flags(layer)
+    for variable, is_trainable in zip(keras_internals.own_weights(layer), own):
+        variable.trainable = is_trainable
+    keras_internals.set_trainable_flag(layer, flag)
 
 
 def base_values(layer) -> dict:
@@ -183,9 +194,10 @@ def base_values(layer) -> dict:
     return {f"{BASE}{number}": value for number, value in numbered if value is not None}
 
 
-def without_base_values(store) -> dict:
-    """What a file has of a layer but for those."""
-    names = [name for name in store.keys() if not name.startswith(BASE)]  # noqa: SIM118 (no dict)
+def without_ours(store) -> dict:
+    """What a file has of a layer but for those and the shares of adapters that are not active."""
+    ours = (BASE, SHARE)
+    names = [name for name in store.keys() if not name.startswith(ours)]  # noqa: SIM118 (no dict)
     return {name: store[name] for name in names}
 
 

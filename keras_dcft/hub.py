@@ -60,6 +60,11 @@ class AdaptedTask(AdaptedBackbone):
         """The backbone's `dcft_config`."""
         return self.backbone.dcft_config
 
+    @property
+    def dcft_adapters(self) -> dict:
+        """The backbone's `dcft_adapters`."""
+        return self.backbone.dcft_adapters
+
     def generate(self, *args, **kwargs):
         with selection.calls.running():
             return super().generate(*args, **kwargs)

@@ -322,7 +322,7 @@ def wrap_quantize(layer, check, **arguments):
 
     @functools.wraps(original)
     def quantize(mode=None, config=None, **kwargs):
-        check(mode or getattr(config, "mode", None))
+        check(layer, mode or getattr(config, "mode", None))
         return original(mode=mode, config=config, **{**kwargs, **arguments})
 
     quantize.bound = vars(layer).get("quantize")
@@ -400,15 +400,23 @@ def classes_of_models() -> set:
     return classes
 
 
-def reset_compiled_state(model):
+# What Keras and KerasHub compile for a model.
+FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
+
+
+def reset_compiled_state(model, functions=FUNCTIONS):
     """Makes a model's next `fit`, `predict` and `generate` see its present variables.
 
     Dropped are the functions traced for the old variables (`predict` makes one in a model that was
     never compiled as well) and the optimizer's slots for them; the optimizer is made anew from its
     own configuration. `model.compile()` would do it, but what a model was compiled with cannot be
     asked back from it in public.
+
+    Args:
+        model: a Keras model.
+        functions: names of those to drop.
     """
-    for function in ("train_function", "test_function", "predict_function", "generate_function"):
+    for function in functions:
         if hasattr(model, function):
             setattr(model, function, None)
     if not model.compiled:
@@ -431,3 +439,17 @@ def reset_compiled_state(model):
         passed = model._compile_config.config["optimizer"]
         is_wrapped = type(passed) is not type(optimizer)
         model._compile_config.config["optimizer"] = inner if is_wrapped else model.optimizer
+
+
+def restart_optimizer(model):
+    """Gives the state of a model's optimizer the values that it begins with.
+
+    Compiled functions use the optimizer's variables, so there a new one is of no use.
+    """
+    optimizer = model.optimizer if model.compiled else None
+    if optimizer is None or not optimizer.built:
+        return
+    beginning = type(optimizer).from_config(optimizer.get_config())
+    beginning.build(model.trainable_variables)
+    for variable, value in zip(optimizer.variables, beginning.variables):
+        variable.assign(value)

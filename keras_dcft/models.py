@@ -18,12 +18,19 @@ import h5py  # Keras's own files are read with it
 import keras
 from keras import ops
 
-from keras_dcft import freezing, keras_internals, selection
+from keras_dcft import freezing, keras_internals, selection, shares
 from keras_dcft.freezing import Before, is_touched
 from keras_dcft.layers.base import DCFTLayer, check_quantization
 from keras_dcft.paths import dcft_layers, joined, with_itself, with_sublayers
 from keras_dcft.planning import check_adaptable
-from keras_dcft.reclassing import DCFT_CLASSES, dcft_class, made_class, weight_of, weight_owners
+from keras_dcft.reclassing import (
+    DCFT_CLASSES,
+    dcft_class,
+    made_class,
+    matrix_shape_of,
+    weight_of,
+    weight_owners,
+)
 from keras_dcft.settings import AdapterSettings
 
 PACKAGE = "keras_dcft"
@@ -66,8 +73,9 @@ class Touched(Carried):
         selection.write(self, written, store)
 
     def load_own_variables(self, store):
-        super().load_own_variables(freezing.without_base_values(store))
+        super().load_own_variables(freezing.without_ours(store))
         freezing.take_base_values(self, store)
+        shares.read(self, store)
 
 
 class AwaitsBuilding(Carried):
@@ -97,8 +105,12 @@ class AdaptedModel(Touched):
     @property
     def dcft_config(self) -> dict:
         """The adapters' settings: rank, alpha, ..., the kernel size of each layer by path."""
-        special = ("roots", "untouched", "flags", "parts")
-        return {key: value for key, value in config_of(self).items() if key not in special}
+        return without_exceptions(config_of(self))
+
+    @property
+    def dcft_adapters(self) -> dict:
+        """The `dcft_config` of every adapter by its name, the active one first."""
+        return {n: without_exceptions(config_of(self, n)) for n in adapter_names(self)}
 
     def save(self, filepath, *args, **kwargs):
         if str(filepath).endswith((".h5", ".hdf5")):
@@ -149,8 +161,15 @@ class AdaptedModel(Touched):
         sizes = ", ".join(map(str, sorted(set(config["layers"].values()))))
         return (
             f"<{type(self).__name__} name={self.name}, built={self.built}, {len(config['layers'])} "
-            f"DCFT layers of rank {config['rank']}, kernel size {sizes}>"
+            f"DCFT layers of rank {config['rank']}, kernel size {sizes}{self._dcft_names()}>"
         )
+
+    def _dcft_names(self) -> str:
+        names = adapter_names(self)
+        if names == [shares.DEFAULT_NAME]:
+            return ""
+        active = {shares.active_name(x) for x in self._flatten_layers() if is_touched(x)}
+        return f", adapters {joined(map(repr, names))}, active {joined(map(repr, active))}"
 
 
 def _holds_adapters(path) -> bool:
@@ -246,12 +265,14 @@ def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (f
     }
     trained = set(with_sublayers(config["trainable_layers"], layers))
     parts = config.get("parts", [""])
+    active = config.get("active", shares.DEFAULT_NAME)
     awake = {id(layers[path]) for path in {*trained, *config["layers"]}}
     adapted = [path for path in config["layers"] if path in touched]
     settings = _settings(config, layers, initializers)
     try:
         for path, layer in touched.items():
             layer._dcft_before = Before(layer, path in parts, path in trained)
+            layer._dcft_active = active.get(path) if isinstance(active, dict) else active
         for path, layer in touched.items():
             if path not in config["layers"]:
                 _freeze_or_wake(layer, awake)
@@ -262,10 +283,35 @@ def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (f
         for path, flags in config.get("flags", {}).items():
             if path in touched:
                 freezing.set_flags(layers[path], flags)
+        for name, of_name in config.get("stored", {}).items():
+            add_adapter(layers, name, of_name, initializers)
     except BaseException:  # an interrupt from the keyboard as well
         release(touched.values())
         raise
     keras_internals.track_torch_parameters(layers.values())
+
+
+def add_adapter(layers, name, config, initializers=AdapterSettings()):  # noqa: B008 (frozen)
+    """Gives touched layers, which are as the base's by it, an adapter that is not active.
+
+    Args:
+        layers: dict of a model and all layers below it, by path.
+        name: str, the adapter's name.
+        config: its `dcft_config`.
+        initializers: `AdapterSettings`, of which only these are taken.
+    """
+    settings = _settings(config, layers, initializers)
+    trained = set(with_sublayers(config["trainable_layers"], layers))
+    owners = weight_owners({path: layers[path] for path in config["layers"]})
+    for path in with_sublayers(config.get("roots", [""]), layers):
+        layer = layers[path]
+        if is_touched(layer) and name not in shares.names_of(layer):
+            shape = matrix_shape_of(layer) if owners.get(path) == path else None
+            flags = config.get("flags", {}).get(path, {}).get("now")
+            own = settings.get(path)
+            own = own and dcft_class(type(layer)).dcft_own_settings(own)
+            share = shares.fresh_share(layer, own, path in trained, flags, shape)
+            shares.shares_of(layer)[name] = share
 
 
 def _check_paths(model, config, layers):
@@ -328,39 +374,84 @@ def _adapt_layer(layer, settings, shared):
     return layer.dcft_adapter
 
 
-def config_of(model) -> dict:
-    """The `dcft_config` of a model that holds adapted layers, read off from them."""
+def config_of(model, name=None) -> dict:
+    """The `dcft_config` of a model that holds adapted layers, read off from them.
+
+    Args:
+        model: the model.
+        name: str, the adapter to describe. By default it is what the layers have variables for,
+            and the others stand in it under `stored`.
+    """
     layers = with_itself(model)
-    touched = {path: layer for path, layer in layers.items() if is_touched(layer)}
-    adapters = {p: layer.dcft_adapter for p, layer in touched.items() if hasattr(layer, "dcft_a")}
-    numbers = {path: adapter.settings.common() for path, adapter in adapters.items()}
+    if name is not None:
+        return _config(layers, name)
+    config = _config(layers)
+    active = {p: shares.active_name(layer) for p, layer in layers.items() if is_touched(layer)}
+    is_one = len(set(active.values())) == 1
+    if set(active.values()) != {shares.DEFAULT_NAME}:
+        config["active"] = next(iter(active.values())) if is_one else active
+    stored = {n: None for path in active for n in shares.shares_of(layers[path])}
+    if stored:
+        config["stored"] = {n: _config(layers, n) for n in stored}
+    return config
+
+
+def _config(layers, name=None) -> dict:
+    touched = {
+        path: layer
+        for path, layer in layers.items()
+        if is_touched(layer) and (name is None or name in shares.names_of(layer))
+    }
+    settings = {path: shares.settings_of(layer, name) for path, layer in touched.items()}
+    settings = {path: of_layer for path, of_layer in settings.items() if of_layer is not None}
+    numbers = {path: of_layer.common() for path, of_layer in settings.items()}
     common = next(iter(numbers.values()), AdapterSettings().common())
     config = {
         **common,
-        "layers": {path: a.settings.kernel_size for path, a in adapters.items()},
-        "trainable_layers": [p for p, layer in touched.items() if layer._dcft_before.is_trained],
+        "layers": {path: of_layer.kernel_size for path, of_layer in settings.items()},
+        "trainable_layers": [p for p, layer in touched.items() if shares.is_trained(layer, name)],
     }
     # The paper's γ is divided by the number of adapters, and does not come back to the last digit.
-    count = len({id(adapter) for adapter in adapters.values()})
+    count = len(set(weight_owners({path: layers[path] for path in settings}).values()))
     config["orthogonality"] = float(f"{common['orthogonality'] * count:.12g}")
     if any(of_layer != common for of_layer in numbers.values()):
         config["adapters"] = numbers
+    return {**config, **_exceptions(layers, touched, name)}
+
+
+def _exceptions(layers, touched, name) -> dict:
+    """What of a `dcft_config` is there only where it is needed."""
     roots = []
     for path in touched:
         if not any(path.startswith(f"{root}/") or not root for root in roots):
             roots.append(path)
     below = with_sublayers(roots, layers)
-    untouched = [path for path in below if path not in touched and layers[path].weights]
-    flags = {path: freezing.special_flags(layer) for path, layer in touched.items()}
-    special = {
+    flags = {path: shares.flags_of(layer, name) for path, layer in touched.items()}
+    exceptions = {
         "roots": roots if roots != [""] else None,
-        "untouched": untouched,
+        "untouched": [path for path in below if path not in touched and layers[path].weights],
         "flags": {path: of_layer for path, of_layer in flags.items() if of_layer},
     }
+    exceptions = {name: value for name, value in exceptions.items() if value}
     parts = [path for path, layer in layers.items() if freezing.is_part(layer)]
-    if parts != [""]:
-        config["parts"] = parts
-    return {**config, **{name: value for name, value in special.items() if value}}
+    return exceptions if parts == [""] else {**exceptions, "parts": parts}
+
+
+def without_exceptions(config) -> dict:
+    """A `dcft_config` for people, the settings alone."""
+    known = (*AdapterSettings().common(), "layers", "trainable_layers", "adapters")
+    return {name: config[name] for name in known if name in config}
+
+
+def adapter_names(model) -> list:
+    """The names of all adapters in a model, the active one's first."""
+    names = {}
+    for position in (0, 1):
+        for layer in model._flatten_layers():
+            if is_touched(layer):
+                of_layer = [shares.active_name(layer)], shares.shares_of(layer)
+                names.update(dict.fromkeys(of_layer[position]))
+    return [name for name in names if name is not None]
 
 
 def carry(models):
@@ -390,6 +481,8 @@ def release(layers, put_back=False):
             layer.__class__ = layer.dcft_base_class
         if is_touched(layer):
             vars(layer).pop("_dcft_before").restore(layer)
+            for name in ("_dcft_active", "_dcft_shares"):
+                vars(layer).pop(name, None)
 
 
 def release_all(model, holders, put_back=False):

@@ -14,7 +14,7 @@ import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.einsum import einsum_axes
-from keras_dcft.layers.base import DCFTLayer, holds_integers
+from keras_dcft.layers.base import holds_integers
 from keras_dcft.paths import (
     joined,
     listed,
@@ -59,13 +59,6 @@ def plan_adaptation(
     sizes = sizes_by_pattern("kernel_size", kernel_size)
     check_built(model)
     layers = walk(model)
-    adapted = [path for path, layer in layers.items() if isinstance(layer, DCFTLayer)]
-    if adapted:
-        raise ValueError(
-            "Call `merge_dcft(model)` or `remove_dcft(model)` before enabling DCFT anew: `model` "
-            f"already has DCFT layers. Received: model '{model.name}' with "
-            f"{listed(adapted, layers)}."
-        )
     candidates = {
         path: layer
         for path, layer in layers.items()
@@ -308,12 +301,17 @@ def _check_shared_sizes(kernel_sizes, targeted):
 
 
 def _view(layer):
-    return type(layer), getattr(layer, "equation", None)
+    return _plain_type(layer), getattr(layer, "equation", None)
+
+
+def _plain_type(layer):
+    # A DCFT class is its own, and its base class that of the layer before.
+    return getattr(layer, "dcft_base_class", type(layer))
 
 
 def _holds_experts(layer) -> bool:
     """Whether a layer has 3-D weights of its own and is not one of Keras's, such as a Conv1D."""
-    return not type(layer).__module__.startswith("keras.") and any(
+    return not _plain_type(layer).__module__.startswith("keras.") and any(
         len(variable.shape) == 3 and min(variable.shape) > 1
         for variable in keras_internals.own_weights(layer)
     )

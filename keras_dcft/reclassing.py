@@ -89,6 +89,11 @@ def weight_shape_of(layer) -> tuple:
     return DCFT_CLASSES[base].dcft_weight_shape_of(layer)
 
 
+def from_matrix(layer, matrix):
+    """What is given as a matrix in the shape of a layer's weight."""
+    return dcft_class(type(layer)).dcft_from_matrix(layer, matrix)
+
+
 def matrix_shape_of(layer) -> tuple[int, int]:
     """That shape as a matrix, (contracted axes, output axes)."""
     return dcft_class(type(layer)).dcft_matrix_shape_of(layer)

@@ -11,7 +11,7 @@ import threading
 
 import keras
 
-from keras_dcft import freezing, keras_internals
+from keras_dcft import freezing, keras_internals, shares
 
 _lock = threading.RLock()
 # By the variable's id: the variable, the value to put back, and how many blocks are open.
@@ -41,8 +41,9 @@ def assign(variable, value):
 
 def write(layer, values: dict, store):
     """Writes variables into a file's store, with their values outside of all blocks."""
+    values = {**values, **freezing.base_values(layer), **shares.written(layer)}
     with _lock:
-        for name, value in {**values, **freezing.base_values(layer)}.items():
+        for name, value in values.items():
             store[name] = trained_value(value)
 
 

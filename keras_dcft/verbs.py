@@ -6,13 +6,20 @@ import warnings
 import keras
 import numpy as np
 
-from keras_dcft import freezing, keras_internals, selection
+from keras_dcft import freezing, keras_internals, named, selection
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.models import adapt, carry, release_all, trained_in_full
 from keras_dcft.paths import checked_model, joined, required_dcft_layers, walk, with_itself
 from keras_dcft.planning import plan_adaptation
-from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
+from keras_dcft.settings import (
+    DEFAULT_ALPHA,
+    DEFAULT_KERNEL_SIZE,
+    AdapterSettings,
+    checked_number,
+    shortened,
+)
+from keras_dcft.shares import DEFAULT_NAME
 
 PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 
@@ -40,6 +47,7 @@ def enable_dcft(
     target_layers=None,
     exclude_layers=None,
     trainable_layers=None,
+    name: str = DEFAULT_NAME,
 ) -> keras.Model:
     """Freezes a model and adapts its dense layers with DCFT (arXiv 2503.01419), in place.
 
@@ -72,16 +80,18 @@ def enable_dcft(
             outside KerasHub, and no embedding.
         exclude_layers: which of them to leave frozen, given likewise.
         trainable_layers: which layers, of any kind, to train in full instead, given likewise.
+        name: str, the adapter's name. A model that has adapters gets another under a new name,
+            with layers and settings of its own; it computes when `activate_dcft` says so.
 
     Returns:
-        The model. Its `dcft_config` tells what was done.
+        The model. Its `dcft_config` tells what was done, `dcft_adapters` that of each adapter.
 
     Raises:
         TypeError: if an argument is of the wrong type (a bool or float for an int).
-        ValueError: if the model is not built, has no dense layer or is adapted already; if a
-            pattern matches nothing; if a kernel size is below 1 or exceeds a side of a targeted
-            kernel; if a targeted layer has LoRA or a constraint, computes something else than its
-            Keras class, or holds one matrix per expert. The model is unchanged then.
+        ValueError: if the model is not built, has no dense layer or has an adapter of that name;
+            if a pattern matches nothing; if a kernel size is below 1 or exceeds a side of a
+            targeted kernel; if a targeted layer has LoRA or a constraint, computes something else
+            than its Keras class, or holds one matrix per expert. The model is unchanged then.
 
     Example:
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
@@ -91,11 +101,23 @@ def enable_dcft(
         [(4, 1), (1, 8), (8, 8)]
     """
     part = task_backbone(checked_model(model))
+    names = named.adapter_names(model)
+    if named.checked_name(name) in names:
+        raise ValueError(
+            "`name` must be a new one, or call `merge_dcft(model)` or `remove_dcft(model)` first: "
+            f"model '{model.name}' already has the adapters {joined(map(repr, names))}. "
+            f"Received: name={shortened(repr(name))}"
+        )
     settings = AdapterSettings(
         1, rank, alpha, dropout, orthogonality, factor_initializer, filter_initializer
     )
     layers = (target_layers, exclude_layers, trainable_layers)
-    adapt_and_reset(model, part, plan_adaptation(part, kernel_size, settings, *layers), settings)
+    config = plan_adaptation(part, kernel_size, settings, *layers)
+    if names:
+        with selection.calls.changing():
+            named.add(model, part, config, settings, name)
+    else:
+        adapt_and_reset(model, part, {**config, "active": name}, settings)
     return model
 
 
@@ -106,7 +128,8 @@ def adapt_and_reset(model, part, config, settings=AdapterSettings()):  # noqa: B
         try:
             adapt(part, config, settings)
             if is_task(model) and part is model.backbone:
-                adapt(model, head_config(model))
+                active = config.get("active", DEFAULT_NAME)
+                adapt(model, {**head_config(model), "active": active})
                 _warn_of_integers(model)
             carry(holders)
         except BaseException:  # an interrupt from the keyboard as well
@@ -141,7 +164,44 @@ def _warn_of_integers(task):
         )
 
 
-def merge_dcft(model: keras.Model) -> keras.Model:
+def activate_dcft(model: keras.Model, name: str | None) -> keras.Model:
+    """Makes one of a model's adapters compute and train, its head and named layers with it.
+
+    The others wait, and cost their memory and nothing else. Where the adapter has the layers and
+    settings of the one before, numbers are exchanged in place: functions that were compiled before
+    go on and see it. Otherwise the next call traces anew. The optimizer starts afresh.
+
+    Args:
+        model: a model with adapters, adapted by `enable_dcft` with names. Of a model around several
+            adapted ones, those that have an adapter of this name change.
+        name: str, one of `model.dcft_adapters`; None for the base model, which trains nothing.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: if `model` is no Keras model, has no DCFT layers or no adapter of
+            that name, or inside `dcft_disabled`. The model is unchanged then.
+        RuntimeError: inside a prediction of an adapted model.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> model = enable_dcft(enable_dcft(model), kernel_size=4, name="legal")
+        >>> activate_dcft(model, "legal").dcft_config["layers"]
+        {'dense': 4}
+    """
+    with selection.calls.changing():
+        layers = _own_dcft_layers(model)
+        if name is not None:
+            named.the_name(model, named.checked_name(name))
+        with keras_internals.strategy_scope(model):
+            named.activate(model, name, lambda: _holders(model, layers.values()))
+    return model
+
+
+def merge_dcft(
+    model: keras.Model, name: str | None = None, *, weights: dict | None = None
+) -> keras.Model:
     """Folds the increments into the kernels: plain Keras layers again that compute the same.
 
     Nothing of this package is needed to load what the model then saves. In float32 its predictions
@@ -152,14 +212,18 @@ def merge_dcft(model: keras.Model) -> keras.Model:
     Args:
         model: any model that holds adapted layers: one adapted with `enable_dcft`, a part of it
             (the rest stays adapted), one around it, or one with directly built DCFT layers.
+        name: str, the adapter to merge, where there are several; the others are dropped, as they
+            were trained on another base than the model then is.
+        weights: dict of adapters' names to numbers, to merge a sum instead: the base, and of each
+            adapter so much of what it changed, heads and named layers included.
 
     Returns:
         The model, its layers and itself of their original classes, trainable as before enabling.
 
     Raises:
-        TypeError, ValueError: if `model` is no Keras model or has no DCFT layers, if an adapter has
-            NaN or infinity, if a kernel is quantized to integers, or inside `dcft_disabled`. The
-            model is unchanged then.
+        TypeError, ValueError: if `model` is no Keras model or has no DCFT layers, if `name` or
+            `weights` name no adapter, if an adapter has NaN or infinity, if a kernel is quantized
+            to integers, or inside `dcft_disabled`. The model is unchanged then.
         RuntimeError: inside a prediction of an adapted model.
 
     Example:
@@ -171,6 +235,7 @@ def merge_dcft(model: keras.Model) -> keras.Model:
     """
     with selection.calls.changing():
         layers = _own_dcft_layers(model)
+        weights = _checked_weights(model, name, weights)
         quantized = [path for path, layer in layers.items() if holds_integers(layer)]
         if quantized:
             raise ValueError(
@@ -179,20 +244,43 @@ def merge_dcft(model: keras.Model) -> keras.Model:
                 "to integers a second time. Received: `model` with quantized layers "
                 f"{joined(quantized)}."
             )
-        for path, layer in layers.items():
-            layer.dcft_adapter.check_finite(path)
-        _release(model, layers, merge=True)
+        named.check_finite(model, weights)
+        with keras_internals.strategy_scope(model):
+            holders = _holders(model, layers.values())
+            named.merge(model, weights, holders)
+            _reset(holders)
     return model
 
 
-def remove_dcft(model: keras.Model) -> keras.Model:
+def _checked_weights(model, name, weights) -> dict:
+    if weights is None:
+        return {named.the_name(model, name): 1.0}
+    if name is not None:
+        raise ValueError(f"`name` must not be given beside `weights`. Received: name={name!r}")
+    if not isinstance(weights, dict) or not weights:
+        raise TypeError(
+            '`weights` must be a dict of adapters\' names to numbers, such as {"legal": 0.7, '
+            f'"default": 0.3}}. Received: weights={shortened(repr(weights))}'
+        )
+    checked = {
+        named.the_name(model, n): checked_number(f"weights[{n!r}]", w) for n, w in weights.items()
+    }
+    if not np.isfinite(list(checked.values())).all():
+        raise ValueError(f"`weights` must be finite. Received: weights={shortened(repr(weights))}")
+    return checked
+
+
+def remove_dcft(model: keras.Model, name: str | None = None) -> keras.Model:
     """Drops the increments: the base model back, bit for bit, trainable as before enabling.
 
     Args:
         model: as for `merge_dcft`.
+        name: str, the one adapter to drop; the others stay, and where it was the active one the
+            base model computes until another is activated. All are dropped if None.
 
     Returns:
-        The model, its layers and itself of their original classes.
+        The model. When the last adapter has gone, its layers and itself are of their original
+        classes.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `merge_dcft`, but for the adapters' values and the
@@ -204,7 +292,14 @@ def remove_dcft(model: keras.Model) -> keras.Model:
         True
     """
     with selection.calls.changing():
-        _release(model, _own_dcft_layers(model))
+        layers = _own_dcft_layers(model)
+        with keras_internals.strategy_scope(model):
+            if name is not None and named.adapter_names(model) != [named.the_name(model, name)]:
+                named.drop(model, name, lambda: _holders(model, layers.values()))
+            else:
+                holders = _holders(model, layers.values())
+                release_all(model, holders, put_back=True)
+                _reset(holders)
     return model
 
 
@@ -243,15 +338,5 @@ def _own_dcft_layers(model):
     if unbuilt:
         raise ValueError(f"Build `model` first. Received: layers {joined(unbuilt)}, not built.")
     if any(selection.is_off(layer.dcft_filter) for layer in layers.values()):
-        raise ValueError("`model` cannot be merged or removed inside `dcft_disabled`.")
+        raise ValueError("`model` cannot be changed inside `dcft_disabled`.")
     return layers
-
-
-def _release(model, layers, merge=False):
-    with keras_internals.strategy_scope(model):
-        holders = _holders(model, layers.values())
-        if merge:
-            for layer in layers.values():
-                layer.dcft_merge()
-        release_all(model, holders, put_back=not merge)
-        _reset(holders)

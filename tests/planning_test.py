@@ -179,7 +179,7 @@ def with_spectral_normalization():
         ),
         (with_spectral_normalization, {}, ValueError, "inside' is inside SpectralNormalization"),
         (with_shared_axis, {}, ValueError, r"'per_head' cannot be adapted: .*shared axes \['n'\]"),
-        (with_dcft_layer, {}, ValueError, "already has DCFT layers"),
+        (with_dcft_layer, {}, ValueError, "already has the adapters 'default'"),
         (sequential, {"kernel_size": 0}, ValueError, "Received: kernel_size=0"),
         (sequential, {"kernel_size": -3}, ValueError, "Received: kernel_size=-3"),
         (sequential, {"kernel_size": True}, TypeError, "Received: kernel_size=True"),
@@ -255,7 +255,7 @@ def test_what_is_no_model_is_refused(model):
 def test_enabling_twice_is_refused():
     for model in (sequential(), bert_classifier()):
         enable_dcft(model, kernel_size=4)
-        with pytest.raises(ValueError, match="already has DCFT layers"):
+        with pytest.raises(ValueError, match="already has the adapters 'default'"):
             enable_dcft(model, kernel_size=4)
 
 

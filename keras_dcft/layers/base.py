@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_dcft import freezing, keras_internals, selection
+from keras_dcft import freezing, keras_internals, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES, Adapter
 from keras_dcft.settings import AdapterSettings
 
@@ -17,23 +17,30 @@ class DCFTLayer:
     A class that uses it comes before the Keras layer in the bases, names that layer in
     `dcft_base_class` and the attribute of its frozen weight in `dcft_weight_name`, and gives the
     matrix view of that weight: `dcft_weight_shape_of`, and where the weight is none itself
-    `dcft_matrix_shape_of` and `_dcft_from_matrix`. The first two also take a layer of the base
-    class and, while it is being built, the shape of its inputs. A user's layer may have any
+    `dcft_matrix_shape_of` and `dcft_from_matrix`. They also take a layer of the base class and the
+    first two, while it is being built, the shape of its inputs. A user's layer may have any
     attributes, so all of ours, and all methods that are not Keras's, have `dcft` in their names.
     """
 
     dcft_base_class: type
     dcft_weight_name: str
     dcft_adapter = None
-    _dcft_loaded_flags = None
+    _dcft_loaded = None
 
     @classmethod
     def dcft_matrix_shape_of(cls, layer, input_shape=None) -> tuple[int, int]:
         """The shape of a layer's weight as a matrix."""
         return cls.dcft_weight_shape_of(layer, input_shape)
 
-    def _dcft_from_matrix(self, matrix):
+    @staticmethod
+    def dcft_from_matrix(layer, matrix):
+        """What is given as a matrix in the shape of a layer's weight."""
         return matrix
+
+    @staticmethod
+    def dcft_own_settings(settings: AdapterSettings) -> AdapterSettings:
+        """The settings without what makes no sense for this kind of layer."""
+        return settings
 
     def dcft_adapt(self, settings: AdapterSettings, shared=None, input_shape=None):
         """Freezes what the layer has and gives it an adapter.
@@ -48,7 +55,7 @@ class DCFTLayer:
         freezing.freeze_variables(self)
         # By default Keras refuses subclasses, which might hold other weights than their base class.
         keras_internals.wrap_quantize(self, check_quantization, type_check=False)
-        self.dcft_settings = settings
+        self.dcft_settings = settings = self.dcft_own_settings(settings)
         if shared is None:
             adapter = Adapter(self, settings, self.dcft_matrix_shape_of(self, input_shape))
         else:
@@ -58,7 +65,8 @@ class DCFTLayer:
         self.dcft_adapter = adapter
         if adapter.seed is not None:
             keras_internals.track_seed(self, adapter.seed)
-        freezing.set_flags(self, self._dcft_loaded_flags)
+        if self._dcft_loaded is not None:
+            shares.set_state(self, self._dcft_loaded, self.dcft_adapter.matrix_shape)
 
     def dcft_release(self):
         """Undoes `dcft_adapt` but for the freezing."""
@@ -68,7 +76,7 @@ class DCFTLayer:
                 keras_internals.untrack_variable(self, variable)
             if self.dcft_adapter.seed is not None:
                 keras_internals.untrack_seed(self, self.dcft_adapter.seed)
-        for name in ("dcft_adapter", "dcft_settings", "_dcft_loaded_flags"):
+        for name in ("dcft_adapter", "dcft_settings", "_dcft_loaded"):
             vars(self).pop(name, None)
 
     def build(self, input_shape):
@@ -95,7 +103,7 @@ class DCFTLayer:
 
         Computed by the definition, `keras.ops.conv_transpose`.
         """
-        return self._dcft_from_matrix(self.dcft_adapter.increment())
+        return self.dcft_from_matrix(self, self.dcft_adapter.increment())
 
     def dcft_frozen_weight(self):
         """The base layer's own weight, the variable."""
@@ -126,11 +134,6 @@ class DCFTLayer:
         base = ops.convert_to_tensor(self.dcft_frozen_weight())
         increment = self.dcft_increment()
         return ops.cast(ops.add(ops.cast(base, increment.dtype), increment), base.dtype)
-
-    def dcft_merge(self):
-        """Moves the increment into the frozen weight; the layer computes the same all the while."""
-        self.dcft_frozen_weight().assign(self.dcft_effective_weight())
-        self.dcft_filter.assign(ops.zeros(self.dcft_filter.shape))
 
     def _dcft_constant(self, variable):
         # Without the stop, TensorFlow's tape works out the full-size gradient of the base kernel,
@@ -173,7 +176,7 @@ class DCFTLayer:
     def load_own_variables(self, store):
         # A store of the base layer alone has no adapter; then the adapter keeps its values. Any
         # other difference in number is an error.
-        stored = freezing.without_base_values(store)
+        stored = freezing.without_ours(store)
         adapter = {name: stored.pop(name) for name in ADAPTER_VARIABLES if name in stored}
         if self.built and adapter and len(adapter) < len(ADAPTER_VARIABLES):
             raise ValueError(
@@ -186,19 +189,20 @@ class DCFTLayer:
         for name, value in adapter.items():
             selection.assign(self.dcft_adapter.variables[name], value)
         freezing.take_base_values(self, store)
+        shares.read(self, store)
 
     def get_config(self):
         keras_internals.check_config_is_for_keras_file()
         config = self.dcft_base_class.get_config(freezing.plain_view(self))
-        flags = freezing.special_flags(self)
-        return {**config, **self.dcft_settings.config(), **({"dcft_flags": flags} if flags else {})}
+        state = shares.special_state(self)
+        return {**config, **self.dcft_settings.config(), **({"dcft": state} if state else {})}
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        flags = config.pop("dcft_flags", None)
+        state = config.pop("dcft", None)
         layer = super().from_config(config)
-        layer._dcft_loaded_flags = flags
+        layer._dcft_loaded = state
         return layer
 
     def __repr__(self):
@@ -261,8 +265,19 @@ def holds_integers(layer) -> bool:
     return layer.quantization_mode not in (None, "float8")
 
 
-def check_quantization(mode):
-    """Raises ValueError for a mode in which Keras cannot quantize the base under an adapter."""
+def check_quantization(layer, mode):
+    """Raises ValueError for what Keras cannot quantize under an adapter.
+
+    Args:
+        layer: the layer or model that is to be quantized.
+        mode: Keras's quantization mode.
+    """
+    if any(shares.waits_to_be_trained(below) for below in layer._flatten_layers()):
+        raise ValueError(
+            "Remove the adapters that are not active first, or quantize a part that none of them "
+            "trains in full, such as a task's backbone: quantized weights cannot take the trained "
+            f"values. Received: '{layer.name}' with such an adapter."
+        )
     if mode in CALIBRATED_MODES:
         raise ValueError(
             "Quantize the model first, then call `enable_dcft`: `mode` must not be one of "

@@ -74,9 +74,10 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
         contracted, outputs = einsum_axes(layer.equation).sizes(shape)
         return math.prod(contracted), math.prod(outputs)
 
-    def _dcft_from_matrix(self, matrix):
-        axes = einsum_axes(self.equation)
-        contracted, outputs = axes.sizes(self.dcft_weight_shape_of(self))
+    @staticmethod
+    def dcft_from_matrix(layer, matrix):
+        axes = einsum_axes(layer.equation)
+        contracted, outputs = axes.sizes(DCFTEinsumDense.dcft_weight_shape_of(layer))
         tensor = ops.reshape(matrix, (*contracted, *outputs))
         order = axes.contracted + axes.outputs
         return ops.transpose(tensor, [order.index(c) for c in axes.kernel])

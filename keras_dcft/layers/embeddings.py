@@ -24,9 +24,10 @@ class DCFTTable(DCFTLayer):
     def dcft_weight_shape_of(layer, input_shape=None) -> tuple:
         return (layer.input_dim, layer.output_dim)
 
-    def dcft_adapt(self, settings, shared=None, input_shape=None):
+    @staticmethod
+    def dcft_own_settings(settings):
         # A lookup has no input to drop parts of.
-        super().dcft_adapt(dataclasses.replace(settings, dropout=0.0), shared, input_shape)
+        return dataclasses.replace(settings, dropout=0.0)
 
     def get_config(self):
         config = super().get_config()
