@@ -1,5 +1,6 @@
 """DCFT (arXiv 2503.01419) for Keras 3: fine-tuning by deconvolution in a subspace."""
 
+from keras_dcft.bank import AdapterBank
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
 from keras_dcft.files import load_dcft_weights, save_dcft_weights
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_RECIPE",
+    "AdapterBank",
     "DCFTCheckpoint",
     "DCFTDense",
     "DCFTEinsumDense",

@@ -12,6 +12,7 @@ adapted model by path), `fingerprints` (JSON, of every adapted weight by path), 
 caller's) and `checksum` (SHA-256 over all of this and the tensors). Version 1 had no fingerprints.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -85,7 +86,7 @@ def save_dcft_weights(
         >>> load_dcft_weights(model, path) is model
         True
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Make the folder first. Received: path={str(path)!r}")
     required_dcft_layers(model)
@@ -96,7 +97,7 @@ def save_dcft_weights(
 
 def _content(model, name, notes) -> tuple[dict, dict]:
     """The tensors and the metadata of a model's file."""
-    place = _Place(model, name)
+    place = Place(model, name)
     config = {k: v for k, v in place.config.items() if k != "flags"}
     tensors = {key: _array(value) for key, value in place.variables().items()}
     part = place.part
@@ -107,7 +108,7 @@ def _content(model, name, notes) -> tuple[dict, dict]:
         "model_class": getattr(part, "dcft_base_class", type(part)).__name__,
         "part": next((path for path, layer in place.outer.items() if layer is part), ""),
         "architecture": json.dumps(_architecture(place.layers)),
-        "fingerprints": json.dumps({p: fingerprint(layer) for p, layer in place.owners().items()}),
+        "fingerprints": json.dumps(place.fingerprints),
         "notes": json.dumps(notes or {}),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
@@ -145,9 +146,9 @@ def load_dcft_weights(model: keras.Model, path, *, name: str | None = None) -> k
         >>> type(load_dcft_weights(remove_dcft(model), path)).__name__
         'DCFTSequential'
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     check_built(checked_model(model))
-    tensors, metadata = _read(path)
+    tensors, metadata = read(path)
     with selection.calls.changing():
         names = adapter_names(model)
         if name is None:
@@ -161,18 +162,16 @@ def _load(model, name, names, path, tensors, metadata):
     if any(selection.is_off(layer.dcft_filter) for layer in dcft_layers(model).values()):
         raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
     if name in names:
-        place = _Place(model, name)
+        place = Place(model, name)
         _check_settings(path, config, place.config)
     else:
         plain = walk(model).get(metadata["part"], task_backbone(model))
-        place = _Place(model, name, config, None if names else plain)
-    _check_architecture(path, json.loads(metadata["architecture"]), place.layers, config)
+        place = Place(model, name, config, None if names else plain)
     variables = place.variables(also=tensors)
-    shapes = {name: variable.shape for name, variable in variables.items()}
     # A variable that was made trainable by hand need not be in the file.
-    by_hand = set(shapes) - set(place.variables(by_hand=False))
-    _check_tensors(path, tensors, {**place.adapter_shapes(), **shapes}, by_hand)
-    _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), place.owners())
+    by_hand = set(variables) - set(place.variables(by_hand=False))
+    shapes = {key: variable.shape for key, variable in variables.items()}
+    check_file(path, tensors, metadata, place, shapes, by_hand)
     if name not in names:
         if names:
             add(model, place.part, config, AdapterSettings(), name)
@@ -190,23 +189,46 @@ def _load(model, name, names, path, tensors, metadata):
             variable.assign(tensors[key])
 
 
+def check_file(path, tensors, metadata, place, shapes, optional=()):
+    """Raises ValueError, or warns, where a file does not fit a place.
+
+    Args:
+        path: the file's path, for messages.
+        tensors, metadata: its content.
+        place: the `Place`.
+        shapes: dict of the shapes that its tensors beside the adapters must have, by name.
+        optional: names that need not be in the file.
+    """
+    config = json.loads(metadata["dcft_config"])
+    _check_architecture(path, json.loads(metadata["architecture"]), place.layers, config)
+    _check_tensors(path, tensors, {**place.adapter_shapes(), **shapes}, optional)
+    _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), place.fingerprints)
+
+
+def place_for(model, metadata):
+    """The `Place` in a model, plain or adapted, for a new adapter, by a file's metadata."""
+    part = walk(model).get(metadata["part"], task_backbone(model))
+    return Place(model, None, json.loads(metadata["dcft_config"]), part)
+
+
 def read_notes(path) -> dict:
     """The notes that `save_dcft_weights` was given for a file."""
-    return json.loads(_read(_checked_path(path))[1]["notes"])
+    return json.loads(read(checked_path(path))[1]["notes"])
 
 
-def _checked_path(path) -> Path:
+def checked_path(path) -> Path:
+    """A path of an adapter file; raises ValueError for one with another suffix."""
     if not str(path).endswith(SUFFIX):
         raise ValueError(f"`path` must end with `{SUFFIX}`. Received: path={str(path)!r}")
     return Path(path)
 
 
-class _Place:
+class Place:
     """What of a model a file holds, or is to be loaded into.
 
     Attributes:
         model: the model, adapted or about to be.
-        name: str, the name of its adapter.
+        name: str, the name of its adapter; None for one that it does not have.
         part: the adapted model at or below it.
         config: the part's `dcft_config` for this adapter.
         outer, layers: dicts of the model and of the part, each with all layers below it, by path.
@@ -228,6 +250,11 @@ class _Place:
         """The layers that are adapted or to be, by path, of those that share a weight the first."""
         adapted = {path: self.layers[path] for path in self.config["layers"]}
         return {path: adapted[path] for path in weight_owners(adapted).values()}
+
+    @functools.cached_property
+    def fingerprints(self) -> dict:
+        """Of the weights that are adapted or to be, by path."""
+        return {path: fingerprint(layer) for path, layer in self.owners().items()}
 
     def adapter_shapes(self) -> dict:
         """The shapes of the adapters' variables by their names in a file."""
@@ -331,7 +358,8 @@ def _umask() -> int:
     return mask
 
 
-def _read(path: Path):
+def read(path: Path) -> tuple[dict, dict]:
+    """A file's tensors and metadata; raises ValueError if it is none, or damaged."""
     # Read once: the file may be replaced by a newer one at any moment.
     content = path.read_bytes()
     try:
@@ -430,13 +458,13 @@ def _check_tensors(path, tensors, shapes, optional):
             )
 
 
-def _warn_of_another_base(path, saved, owners):
-    layers = {p: layer for p, layer in owners.items() if p in saved}
-    others = [p for p, layer in layers.items() if differs(fingerprint(layer), saved[p])]
+def _warn_of_another_base(path, saved, found):
+    layers = [layer for layer in found if layer in saved]
+    others = [layer for layer in layers if differs(found[layer], saved[layer])]
     if others:
         warnings.warn(
             f"{path}: trained on another base, so expect another result. The weights of "
             f"{len(others)} of {len(layers)} adapted layers are not those of the base that the "
             f"file was made on: {joined(others)}.",
-            stacklevel=4,
+            stacklevel=5,
         )

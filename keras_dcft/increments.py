@@ -100,3 +100,60 @@ def expand_output_factor(factor_b, kernel_size: int, output_dim: int, padding=0)
     expanded = factor_b[:, None, :, None] * identity[None, :, None, :]
     expanded = ops.reshape(expanded, (rank * (d + padding), b * d))
     return expanded if b * d == output_dim else expanded[:, :output_dim]
+
+
+def products_by_row(inputs, factors_a, factors_b, filters, output_dim: int, scale=1.0):
+    """Products of inputs with increments, one increment for each row of a batch.
+
+    No increment is formed. Where a row has few samples, as when a token is generated, no thin
+    factor is either: `(Aᵀx) K` in views of blocks and positions, then an outer product with B.
+
+    Args:
+        inputs: tensor of shape `(rows, samples, in)`.
+        factors_a: tensor of shape `(rows, a, r)`.
+        factors_b: tensor of shape `(rows, r, b)`.
+        filters: tensor of shape `(rows, d, d)`.
+        output_dim: int, columns of the increments, at most `b * d`.
+        scale: float, `alpha / r`.
+
+    Returns:
+        Tensor of shape `(rows, samples, output_dim)`.
+    """
+    (_, samples, input_dim), (_, a, rank) = inputs.shape, factors_a.shape
+    b, d = factors_b.shape[2], filters.shape[1]
+    filters = scale * filters
+    if samples is not None and samples < d:
+        blocks = ops.pad(inputs, ((0, 0), (0, 0), (0, a * d - input_dim)))
+        blocks = ops.reshape(blocks, (-1, samples, a, d))
+        factors_a, factors_b, filters = (
+            ops.cast(factor, inputs.dtype) for factor in (factors_a, factors_b, filters)
+        )
+        hidden = ops.einsum("nsiu,nip->nspu", blocks, factors_a)
+        hidden = ops.einsum("nspu,nuv->nspv", hidden, filters)
+        outputs = ops.einsum("nspv,npj->nsjv", hidden, factors_b)
+        return ops.reshape(outputs, (-1, samples, b * d))[..., :output_dim]
+    left = factors_a[:, :, None, :, None] * filters[:, None, :, None, :]
+    left = ops.reshape(left, (-1, a * d, rank * d))[:, :input_dim]
+    identity = ops.eye(d, dtype=factors_b.dtype)[:, None, :]
+    right = factors_b[:, :, None, :, None] * identity
+    right = ops.reshape(right, (-1, rank * d, b * d))[..., :output_dim]
+    hidden = ops.matmul(inputs, ops.cast(left, inputs.dtype))
+    return ops.matmul(hidden, ops.cast(right, inputs.dtype))
+
+
+def looked_up_by_row(indices, factors_a, factors_b, filters, output_dim: int, scale=1.0):
+    """Rows of increments, one increment for each row of a batch of indices.
+
+    Args:
+        indices: integer tensor of shape `(rows, samples)`, not negative.
+        factors_a, factors_b, filters, output_dim, scale: as for `products_by_row`.
+
+    Returns:
+        Tensor of shape `(rows, samples, output_dim)`.
+    """
+    b, d = factors_b.shape[2], filters.shape[1]
+    from_a = ops.take_along_axis(factors_a, ops.floor_divide(indices, d)[..., None], axis=1)
+    from_filter = ops.take_along_axis(filters, ops.mod(indices, d)[..., None], axis=1)
+    hidden = scale * from_a[..., :, None] * from_filter[..., None, :]
+    outputs = ops.einsum("nspv,npj->nsjv", hidden, factors_b)
+    return ops.reshape(outputs, (*ops.shape(indices), b * d))[..., :output_dim]

@@ -116,7 +116,8 @@ def view_as(layer, cls, without=()):
         without: variables.
     """
     view = object.__new__(cls)
-    state = {name: value for name, value in vars(layer).items() if "dcft" not in name}
+    ours = ("call", "quantized_call") if "_dcft_diverted" in vars(layer) else ()
+    state = {n: value for n, value in vars(layer).items() if "dcft" not in n and n not in ours}
     hidden = {id(variable) for variable in without}
     for name in VARIABLE_LISTS:
         state[name] = [v for v in state[name] if id(v) not in hidden]
@@ -453,3 +454,40 @@ def restart_optimizer(model):
     beginning.build(model.trainable_variables)
     for variable, value in zip(optimizer.variables, beginning.variables):
         variable.assign(value)
+
+
+def divert(layer, diversion_of):
+    """Lets something else compute a layer now and then; `undivert` undoes it.
+
+    A method of the object itself, beside which the class stays what it is, so that a file that is
+    written meanwhile says nothing of it. Keras calls one of two methods, as the layer's weights are
+    quantized or not.
+
+    Args:
+        layer: a Keras layer.
+        diversion_of: function of the layer that returns another one, of the call's arguments, or
+            None for the layer's own.
+    """
+    count = vars(layer).get("_dcft_diverted", 0)
+    vars(layer)["_dcft_diverted"] = count + 1
+    if count:
+        return
+
+    def method(name):
+        def call(*args, **kwargs):
+            diversion = diversion_of(layer) or functools.partial(getattr(type(layer), name), layer)
+            return diversion(*args, **kwargs)
+
+        return call
+
+    for name in ("call", "quantized_call"):
+        vars(layer)[name] = method(name)
+
+
+def undivert(layer):
+    """Undoes `divert`, when it was called as often."""
+    vars(layer)["_dcft_diverted"] -= 1
+    if vars(layer)["_dcft_diverted"]:
+        return
+    for name in ("_dcft_diverted", "call", "quantized_call"):
+        del vars(layer)[name]

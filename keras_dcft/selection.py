@@ -77,6 +77,30 @@ def switched_off(base_values: list):
                     keras_internals.put_value_back(variable, kept)
 
 
+_own = threading.local()
+
+
+@contextlib.contextmanager
+def diverted(calls_of: dict):
+    """Inside this context, and in what is traced inside, some layers are computed by functions.
+
+    Args:
+        calls_of: dict of the `id` of a layer, for which `keras_internals.divert` was called, to a
+            function of its inputs and the other arguments of its call.
+    """
+    outside = getattr(_own, "calls_of", {})
+    _own.calls_of = calls_of
+    try:
+        yield
+    finally:
+        _own.calls_of = outside
+
+
+def diversion_of(layer):
+    """The function that computes a layer in this thread at the moment, or None."""
+    return getattr(_own, "calls_of", {}).get(id(layer))
+
+
 class _Calls:
     """Many calls at a time, or one change of the model, for which new calls wait."""
 

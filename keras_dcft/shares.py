@@ -73,10 +73,12 @@ def has_values(share) -> bool:
 
 def adapter_values(layer, name) -> dict:
     """The variables of the layer's adapter of a name, or the arrays that wait for them."""
-    if name == active_name(layer):
+    if name is not None and name == active_name(layer):
         adapter = getattr(layer, "dcft_adapter", None)
         return adapter.variables if adapter and adapter.host is layer else {}
-    share = shares_of(layer).get(name, Share())
+    if name not in names_of(layer):
+        return {}
+    share = shares_of(layer)[name]
     return {key: Waiting(share, key) for key in ADAPTER_VARIABLES if key in share.values}
 
 
@@ -103,7 +105,7 @@ class Waiting:
     def value(self):
         """The array; of what this adapter does not train the base's."""
         is_there = self._key in self._share.values
-        return self._share.values[self._key] if is_there else _base_copy(self._variable)
+        return self._share.values[self._key] if is_there else base_copy(self._variable)
 
     @property
     def shape(self):
@@ -120,10 +122,11 @@ class Waiting:
     def put_base_back(self):
         """Gives what is trained in full the value of the base model."""
         if self.trainable:
-            self.assign(_base_copy(self._variable))
+            self.assign(base_copy(self._variable))
 
 
-def _base_copy(variable):
+def base_copy(variable):
+    """A copy of a variable's value in the base model."""
     base = freezing.base_value(variable)
     return _copied(variable) if base is None else base.copy()
 
@@ -210,7 +213,7 @@ def fresh_share(layer, settings, is_trained, flags, matrix_shape) -> Share:
             share.values[name] = ops.convert_to_numpy(fresh(initializer)(shape, dtype="float32"))
     if is_trained:
         for number, variable in enumerate(own_weights(layer)):
-            share.values[str(number)] = _base_copy(variable)
+            share.values[str(number)] = base_copy(variable)
     return share
 
 

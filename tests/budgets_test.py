@@ -120,6 +120,7 @@ def test_bad_budgets(budget, error):
         kernel_size_for_budget(small_model(), budget)
 
 
-def test_an_adapted_model_is_refused():
-    with pytest.raises(ValueError, match="already has DCFT layers"):
-        dcft_parameter_table(enable_dcft(small_model()))
+def test_the_table_of_an_adapted_model_is_that_of_its_base():
+    model = small_model()
+    plain = dcft_parameter_table(model)
+    assert dcft_parameter_table(enable_dcft(model)) == plain

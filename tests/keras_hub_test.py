@@ -6,7 +6,7 @@ import backbones
 import keras
 import keras_hub
 import pytest
-from backbones.checks import WITHOUT_FILES, glance, measure
+from backbones.checks import WITHOUT_BANK, WITHOUT_FILES, glance, measure
 
 
 def test_every_exported_backbone_is_here():
@@ -42,5 +42,9 @@ def test_backbone(name, tmp_path, request):
         assert seen["file_difference"] == 0
         assert seen["same_config"]
         assert seen["removed_difference"] == 0
+    if name in WITHOUT_BANK:
+        assert WITHOUT_BANK[name] in seen["bank"]
+    else:
+        assert seen["bank"] < 1e-4, seen["bank"]
     assert seen["merged_difference"] < 1e-4
     assert seen["merged_class"] == name

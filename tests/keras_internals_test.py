@@ -151,9 +151,9 @@ def test_a_wrapped_quantize_is_put_back():
     layer = built(keras.layers.Dense(4))
     before = vars(layer).get("quantize")
     seen = []
-    keras_internals.wrap_quantize(layer, seen.append, type_check=False)
+    keras_internals.wrap_quantize(layer, lambda *told: seen.append(told), type_check=False)
     layer.quantize("int8")
-    assert seen == ["int8"]
+    assert seen == [(layer, "int8")]
     keras_internals.unwrap_quantize(layer)
     assert vars(layer).get("quantize") is before
 
@@ -249,3 +249,52 @@ def test_a_serialized_view_is_not_taken_for_another_object(way, tmp_path):
     views = [layer["config"]["view"] for layer in config["config"]["layers"][1:]]
     is_shared = ["shared_object_id" in view for view in views]
     assert any(is_shared) == (way is serialize_keras_object)
+
+
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_a_diverted_layer_is_computed_by_something_else_until_it_is_let_go(mode):
+    layer = built(keras.layers.Dense(4))
+    if mode is not None:
+        layer.quantize(mode)
+    inputs = np.ones((2, layer.input_spec.axes[-1]), "float32")
+    before, state = array(layer(inputs)), set(vars(layer))
+    diversions = {}
+    for _ in range(2):
+        keras_internals.divert(layer, lambda layer: diversions.get(id(layer)))
+    np.testing.assert_array_equal(array(layer(inputs)), before)
+    diversions[id(layer)] = lambda inputs, **arguments: 2 * inputs
+    np.testing.assert_array_equal(array(layer(inputs)), 2 * inputs)
+    assert not {"call", "quantized_call"} & set(vars(keras_internals.view_as(layer, type(layer))))
+    keras_internals.undivert(layer)
+    np.testing.assert_array_equal(array(layer(inputs)), 2 * inputs)
+    keras_internals.undivert(layer)
+    np.testing.assert_array_equal(array(layer(inputs)), before)
+    assert set(vars(layer)) == state
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.Adam(0.1),
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+        lambda: keras.optimizers.Adagrad(0.1, initial_accumulator_value=0.5),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Nadam(0.1), 8.0),
+    ],
+)
+def test_an_optimizer_begins_anew(make):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(make(), "mse")
+    model.optimizer.build(model.trainable_variables)
+    before = [array(variable) for variable in model.optimizer.variables]
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), epochs=2, verbose=0)
+    model.optimizer.learning_rate = 0.25
+    keras_internals.restart_optimizer(model)
+    changed = [
+        number
+        for number, variable in enumerate(model.optimizer.variables)
+        if not np.array_equal(array(variable), before[number])
+    ]
+    assert [model.optimizer.variables[number].path for number in changed] == [
+        model.optimizer.learning_rate.path
+    ]
+    assert float(model.optimizer.learning_rate) == 0.25

@@ -10,7 +10,14 @@ from keras import ops
 from tools import array, randomize_adapters, values
 
 import backbones
-from keras_dcft import enable_dcft, keras_internals, merge_dcft, remove_dcft
+from keras_dcft import (
+    AdapterBank,
+    enable_dcft,
+    keras_internals,
+    merge_dcft,
+    remove_dcft,
+    save_dcft_weights,
+)
 from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.paths import dcft_layers, walk
 from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
@@ -35,6 +42,20 @@ if keras.backend.backend() == "torch":
 WITHOUT_FILES = {
     "FeaturePyramidBackbone": "its own configuration lacks its inputs and outputs",
 }
+
+
+# Backbones whose layers or outputs are not made of whole rows of the batch, and the reason.
+WITHOUT_BANK = {
+    "CLIPBackbone": "its outputs",  # compare every picture with every text
+    "Gemma3nBackbone": "the inputs of its layer 'multimodal_embedding_processor/vision_embedder",
+    "Gemma4Backbone": "weights of layers that it does not call",
+    "MetaCLIP2Backbone": "its outputs",
+    "SigLIPBackbone": "its outputs",
+    "StableDiffusion3Backbone": "the inputs of its layer 'diffuser/vector_embedding/dense1'",
+    "XLNetBackbone": "the inputs of its layer 'xlnet_encoder_0/rel_attn/",
+}
+if keras.backend.backend() == "jax":
+    WITHOUT_BANK["SAM3PromptableConceptBackbone"] = "inside of a traced control flow"
 
 
 class Step(keras.Model):
@@ -107,10 +128,38 @@ def measure(name: str, folder) -> dict:
         seen["same_config"] = restored.dcft_config == model.dcft_config
         remove_dcft(restored)
         seen["removed_difference"] = difference(base, flat_outputs(restored, inputs))
+    seen["bank"] = _bank(model, inputs, folder)
     merge_dcft(model)
     seen["merged_difference"] = difference(adapted, frozen_outputs(model, inputs))
     seen["merged_class"] = type(model).__name__
     return seen
+
+
+def _bank(model, inputs, folder):
+    """How far two rows with two adapters of their own are from each alone, or why it is refused."""
+    expected, paths = {}, {}
+    for seed, name in enumerate(("other", "own")):
+        before = values(model.trainable_variables)
+        if name == "other":
+            randomize_adapters(model, seed=seed, scale=0.15)
+        expected[name] = _as_floats(model(inputs, training=False))
+        paths[name] = f"{folder}/{name}.dcft.safetensors"
+        save_dcft_weights(model, paths[name])
+        for variable, value in zip(model.trainable_variables, before):
+            variable.assign(value)
+    with AdapterBank(model, paths) as bank:
+        try:
+            names = ["other", "own"][: max(map(len, keras.tree.flatten(inputs)))]
+            found = _as_floats(bank(inputs, names))
+        except ValueError as error:
+            return str(error)
+    by_row = []
+    for position, outputs in enumerate(found):
+        of_row = len(outputs) // len(names)
+        for row, name in enumerate(names):
+            part = slice(row * of_row, (row + 1) * of_row)
+            by_row.append((expected[name][position][part], outputs[part]))
+    return difference(*zip(*by_row))
 
 
 def glance(name: str) -> dict:
