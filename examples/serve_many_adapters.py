@@ -54,7 +54,7 @@ def main():
         default=Path("adapters"),
         help="folder of adapter files; where it has none, they are trained (default: adapters)",
     )
-    parser.add_argument("--train-size", type=positive_int, default=2000, help="examples of a task")
+    parser.add_argument("--train-size", type=positive_int, default=4000, help="examples of a task")
     parser.add_argument("--epochs", type=positive_int, default=2)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=positive_int, default=8000)
