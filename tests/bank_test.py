@@ -149,11 +149,11 @@ def gpt2(sampler):
     return model, {"token_ids": tokens.astype("int32"), "padding_mask": mask.astype("int32")}
 
 
-def generate(model, inputs, **arguments):
+def generate(model, inputs, output="token_ids"):
     # Where it draws, it is from the same numbers.
     model.sampler = model.sampler.from_config(model.sampler.get_config())
     model.generate_function = None
-    return model.generate(inputs, stop_token_ids=None, **arguments)["token_ids"]
+    return model.generate(inputs, stop_token_ids=None)[output]
 
 
 SAMPLERS = {
@@ -190,6 +190,30 @@ def test_an_encoder_and_decoder(tmp_path):
     paths, expected = alone(backbone, inputs, tmp_path, call=call, alpha=2.0)
     with AdapterBank(backbone, paths) as adapters:
         assert_rows(adapters.predict(inputs, ROWS), expected, atol=1e-4)
+
+
+def test_a_decoder_generates_beside_its_encoder(tmp_path):
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
+    backbone = keras_hub.models.BartBackbone(20, max_sequence_length=10, dropout=0.0, **sizes)
+    model = keras_hub.models.BartSeq2SeqLM(backbone=backbone, preprocessor=None)
+    model.compile(sampler="greedy")
+    rng = np.random.default_rng(0)
+    inputs = {
+        "encoder_token_ids": np.tile(rng.integers(1, 20, 6), (4, 1)),
+        "encoder_padding_mask": np.ones((4, 6)),
+        "decoder_token_ids": np.tile(rng.integers(1, 20, 10), (4, 1)),
+        "decoder_padding_mask": np.tile(np.arange(10) < 3, (4, 1)),
+    }
+    inputs = {name: value.astype("int32") for name, value in inputs.items()}
+
+    def call(model, inputs):
+        return array(generate(model, inputs, output="decoder_token_ids"))
+
+    paths, expected = alone(model, inputs, tmp_path, call=call, alpha=4.0)
+    assert len({of_one.tobytes() for of_one in expected.values()}) > 2
+    with AdapterBank(model, paths) as adapters:
+        outputs = adapters.generate(inputs, ROWS, stop_token_ids=None)
+    assert_rows(array(outputs["decoder_token_ids"]), expected)
 
 
 def test_layers_that_see_windows_and_what_is_no_whole_row(tmp_path):
