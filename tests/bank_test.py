@@ -209,7 +209,7 @@ def test_a_decoder_generates_beside_its_encoder(tmp_path):
     def call(model, inputs):
         return array(generate(model, inputs, output="decoder_token_ids"))
 
-    paths, expected = alone(model, inputs, tmp_path, call=call, alpha=4.0)
+    paths, expected = alone(model, inputs, tmp_path, call=call, alpha=30.0)
     assert len({of_one.tobytes() for of_one in expected.values()}) > 2
     with AdapterBank(model, paths) as adapters:
         outputs = adapters.generate(inputs, ROWS, stop_token_ids=None)
