@@ -131,6 +131,12 @@ class AdaptedModel(Touched):
         before = [
             (v, ops.convert_to_numpy(value).copy(), freezing.base_value(v)) for v, value in trained
         ]
+        waiting = [
+            (share, dict(share.values))
+            for layer in self._flatten_layers()
+            if is_touched(layer)
+            for share in shares.shares_of(layer).values()
+        ]
         is_plain = str(filepath).endswith(".weights.h5") and not _holds_adapters(filepath)
         try:
             with _named_as_base(self) if is_plain else contextlib.nullcontext():
@@ -140,6 +146,8 @@ class AdaptedModel(Touched):
                 selection.assign(variable, value)
                 if base is not None:
                     freezing.set_base(variable, base)
+            for share, values in waiting:
+                share.values = values
             raise
 
     def predict(self, *args, **kwargs):

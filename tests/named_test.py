@@ -3,6 +3,7 @@
 import pickle
 import threading
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -429,6 +430,30 @@ def test_an_error_while_activating_leaves_the_one_that_was_active(monkeypatch):
         activate_dcft(model, "few")
     np.testing.assert_array_equal(predict(model, inputs), expected["default"])
     assert_all_are_as(model, inputs, expected)
+
+
+def test_a_weights_file_brings_all_of_them_or_changes_nothing(tmp_path):
+    model, inputs, expected = with_adapters(*CASES[2])
+    path = tmp_path / "a.weights.h5"
+    model.save_weights(path)
+    other = pickle.loads(pickle.dumps(model))
+    for seed, name in enumerate([*model.dcft_adapters, "drop"]):
+        activate_dcft(other, name)
+        change(other, 20 + seed)
+    before = {n: predict(activate_dcft(other, n), inputs) for n in other.dcft_adapters}
+    activate_dcft(other, "drop")
+    with h5py.File(path, "r+") as file:  # the last layer's bias is of another size
+        weights = file["layers/dcft_dense_1/vars"]
+        del weights["1"]
+        weights["1"] = np.zeros(4, "float32")
+    with pytest.raises(ValueError, match="shape"):
+        other.load_weights(path)
+    for name, outputs in before.items():
+        np.testing.assert_array_equal(predict(activate_dcft(other, name), inputs), outputs)
+    activate_dcft(other, "drop")
+    model.save_weights(path)
+    other.load_weights(path)
+    assert_all_are_as(other, inputs, expected)
 
 
 NAMES = ("one", "two", "three")
