@@ -37,11 +37,12 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             epochs. What is logged then is about the epoch so far, and nothing of validation.
         initial_value_threshold: float, with `save_best_only` the value that the first file has to
             beat already, or None.
-        name: str, the adapter to write, where the model has several; the active one if None.
+        name: str, the adapter to write, where the model has several.
 
     Raises:
         ValueError: if `filepath` ends otherwise, or `mode` or `save_freq` is none of the above;
-            when training begins, if the model is not adapted or nothing tells the mode.
+            when training begins, if the model is not adapted, `name` is not one of its adapters,
+            or nothing tells the mode.
         KeyError: while training, if `filepath` has a field that is not logged.
 
     Example:
@@ -94,8 +95,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         required_dcft_layers(self.model)
-        if self.name is not None:
-            the_name(self.model, self.name)
+        the_name(self.model, self.name)
         if not self._is_mode_given:
             name = self.monitor.removeprefix("val_")
             direction = keras_internals.metric_direction(self.model, name)

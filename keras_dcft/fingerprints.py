@@ -27,8 +27,7 @@ def fingerprint(layer) -> list:
     view = keras_internals.view_as(layer, base)
     for name in ("bias", "activation"):
         vars(view)[name] = None
-    call = base.call if layer.quantization_mode is None else base.quantized_call
-    outputs = call(view, _inputs(layer))
+    outputs = view(_inputs(layer))  # by `__call__`, which casts the weights in mixed precision
     outputs = ops.convert_to_numpy(ops.cast(outputs, "float32")).astype("float64")
     if issubclass(base, keras.layers.Embedding):
         outputs = _signs(1, len(outputs)) @ outputs

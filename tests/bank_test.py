@@ -108,6 +108,24 @@ def test_a_quantized_base(mode, tmp_path):
             assert_rows(adapters.predict(inputs, ROWS), expected)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_files_and_rows_in_low_precision(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model, inputs = MODELS["backbone"][0](), MODELS["backbone"][1]()
+        paths, expected = alone(model, inputs, tmp_path, trainable_layers="pooled_dense")
+        with AdapterBank(model, paths) as adapters:
+            outputs = adapters.predict(inputs, ROWS)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    outputs, *expected = (
+        keras.tree.map_structure(lambda x: np.asarray(x, "float32"), of_all)
+        for of_all in (outputs, *(expected[name] for name in ROWS))
+    )
+    assert_rows(outputs, dict(enumerate(expected)), range(len(ROWS)), atol=0.05)
+    assert np.abs(first(expected[0]) - first(expected[1])).max() > 0.2
+
+
 def test_reversible_embeddings_and_all_normalizations(tmp_path):
     table = keras.layers.ReversibleEmbedding(20, 9, logit_soft_cap=3.0, name="table")
     inputs = keras.Input((5,), dtype="int32")

@@ -311,9 +311,10 @@ def test_a_callback_writes_the_one_that_it_is_told(tmp_path):
     model = enable_dcft(enable_dcft(sequential(), kernel_size=4), kernel_size=2, name="other")
     model.compile("adam", "mse")
     path = tmp_path / "a.dcft.safetensors"
-    callbacks = [DCFTCheckpoint(path, name="missing")]
-    with pytest.raises(ValueError, match="'default', 'other'"):
-        model.fit(vectors(), np.ones((4, 9)), callbacks=callbacks, verbose=0)
+    for name in ("missing", None):
+        callbacks = [DCFTCheckpoint(path, name=name)]
+        with pytest.raises(ValueError, match="'default', 'other'"):
+            model.fit(vectors(), np.ones((4, 9)), callbacks=callbacks, verbose=0)
     activate_dcft(model, "other")
     callbacks = [DCFTCheckpoint(path, name="other")]
     model.fit(vectors(), np.ones((4, 9)), callbacks=callbacks, verbose=0)
