@@ -14,30 +14,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dcft import files, increments, keras_internals, selection, shares
-from keras_dcft.adapter import ADAPTER_VARIABLES
-from keras_dcft.einsum import einsum_axes
+from keras_dcft import files, keras_internals, selection, shares
 from keras_dcft.hub import is_task
 from keras_dcft.layers.base import DCFTLayer
 from keras_dcft.models import trained_in_full, without_exceptions
 from keras_dcft.paths import checked_model, joined, named, with_itself
 from keras_dcft.planning import check_built
-from keras_dcft.reclassing import (
-    DCFT_CLASSES,
-    dcft_class,
-    made_class,
-    matrix_shape_of,
-    weight_owners,
-    weight_shape_of,
-)
+from keras_dcft.reclassing import made_class, weight_owners
+from keras_dcft.rows import RowLayer, takes_rows
 from keras_dcft.settings import checked_positive_int, shortened
-
-NORMALIZATIONS = (
-    keras.layers.LayerNormalization,
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.RMSNormalization,
-)
 
 
 class AdapterBank:
@@ -53,7 +38,7 @@ class AdapterBank:
 
     Raises:
         TypeError, ValueError: if `model` is no built model, for a file as `load_dcft_weights`, or
-            if layers of the model cannot be told apart by rows of the batch.
+            if something else than dense, embedding and normalization layers is trained in full.
         OSError: if a file cannot be read.
 
     Example:
@@ -189,6 +174,12 @@ class AdapterBank:
 
         Returns:
             NumPy arrays, one row for each row of the inputs.
+
+        Raises:
+            TypeError, ValueError: for names that the bank does not have, or not one for each row;
+                with the first batch, if the layers' inputs or the outputs are not made of whole
+                rows, independent of each other; if the bank is closed, or its model was adapted
+                in another way since.
         """
         plan, rows = self._rows_of(adapters)
         if is_task(self._model) and self._model.preprocessor is not None:
@@ -293,7 +284,7 @@ class _Plan:
         self.base = np.concatenate([np.zeros(0, "float32"), *map(np.ravel, base)])
         for layer in model._flatten_layers():
             if isinstance(layer, DCFTLayer):  # whose own adapter says nothing here
-                self._layers.setdefault(id(layer), _RowLayer(layer))
+                self._layers.setdefault(id(layer), RowLayer(layer))
         for computed in self._layers.values():
             keras_internals.divert(computed.layer, selection.diversion_of)
         self.per_row = _PerRow(model, self.calls)
@@ -311,7 +302,7 @@ class _Plan:
         for path, owner in weight_owners(adapted).items():
             own, layer = common.get("adapters", {}).get(path, common), adapted[path]
             scale = own["alpha"] / own["rank"]
-            self._layers[id(layer)] = _RowLayer(layer, id(adapted[owner]), scale)
+            self._layers[id(layer)] = RowLayer(layer, id(adapted[owner]), scale)
         shapes = place.adapter_shapes()
         for name in shapes:
             path, _, key = name.removeprefix("adapter/").rpartition("/")
@@ -331,13 +322,13 @@ class _Plan:
         base = []
         for name, variable in variables.items():
             layer, number = owners.get(id(variable), (None, None))
-            if layer is None or not _takes_rows(layer) or "float" not in variable.dtype:
+            if layer is None or not takes_rows(layer) or "float" not in variable.dtype:
                 what = name if layer is None else self._places[id(layer)]
                 raise ValueError(
                     "Only dense, embedding and normalization layers can be trained in full beside "
                     f"the adapters of a bank. Received: {what} of type {type(layer).__name__}"
                 )
-            computed = self._layers.setdefault(id(layer), _RowLayer(layer))
+            computed = self._layers.setdefault(id(layer), RowLayer(layer))
             computed.own[str(number)] = variable
             self._parts[name] = (id(layer), str(number), variable.shape)
             base.append(shares.base_copy(variable).astype("float32"))
@@ -490,12 +481,6 @@ def _as_arrays(outputs) -> list:
     return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in keras.tree.flatten(outputs)]
 
 
-def _takes_rows(layer) -> bool:
-    if isinstance(layer, NORMALIZATIONS) or type(layer).__name__.endswith("Normalization"):
-        return True
-    return isinstance(layer, tuple(DCFT_CLASSES)) and dcft_class(type(layer)) is not None
-
-
 class _PerRow(keras.Model):
     """A model of a batch, and for each of its rows a row of a bank's table."""
 
@@ -529,102 +514,3 @@ class _GeneratesPerRow:
             return function({**inputs, "dcft_rows": rows}, **arguments)
 
         return generate
-
-
-class _RowLayer:
-    """What computes a layer with values of its own for each row of the batch.
-
-    Attributes:
-        layer: the layer.
-        owner: id of the layer whose adapter it has.
-        own: dict of the variables that have values by row, by their keys.
-    """
-
-    def __init__(self, layer, owner=None, scale=None):
-        self.layer, self.own = layer, {}
-        self.owner, self._scale = owner or id(layer), scale
-
-    def __call__(self, values, of_adapter, inputs, *args, **kwargs):
-        layer = self.layer
-        is_table = isinstance(layer, keras.layers.Embedding)
-        is_reverse = is_table and kwargs.get("reverse", bool(args and args[0]))
-        own = {key: values[key] for key in self.own}
-        outputs = self._base(own, inputs, args, kwargs)
-        if self._scale is not None and (not is_reverse or layer.tie_weights):
-            factors = [of_adapter[key] for key in ADAPTER_VARIABLES]
-            outputs = outputs + self._increment(inputs, factors, is_table, is_reverse)
-        if not is_table:
-            activation = getattr(layer, "activation", None) if self._is_dense else None
-            return outputs if activation is None else activation(outputs)
-        if is_reverse:
-            cap = layer.logit_soft_cap
-            return outputs if cap is None else ops.multiply(ops.tanh(ops.divide(outputs, cap)), cap)
-        if isinstance(layer, keras.layers.ReversibleEmbedding):
-            keras_internals.set_mask(outputs, keras.layers.Embedding.compute_mask(layer, inputs))
-        return outputs
-
-    @property
-    def _is_dense(self):
-        return isinstance(self.layer, (keras.layers.Dense, keras.layers.EinsumDense))
-
-    def _base(self, own, inputs, args, kwargs):
-        """What the base layer makes of the inputs, before the activation or cap."""
-        layer = self.layer
-        is_known = isinstance(layer, tuple(DCFT_CLASSES))
-        cls = dcft_class(type(layer)) if is_known else type(layer)
-        cls = getattr(cls, "dcft_base_class", cls)
-        hidden = layer.dcft_adapter.variables.values() if isinstance(layer, DCFTLayer) else ()
-        view = keras_internals.view_as(layer, cls, without=hidden)
-        for name in ("activation", "logit_soft_cap"):
-            if is_known and name in vars(view):
-                vars(view)[name] = None
-        call = cls.call if layer.quantization_mode is None else cls.quantized_call
-        if not own:
-            return call(view, inputs, *args, **kwargs)
-
-        def of_row(elements):
-            of_inputs, *values = elements
-            values = [ops.cast(v, self.own[key].dtype) for key, v in zip(own, values)]
-            with keras_internals.traced_with([(self.own[k], v) for k, v in zip(own, values)]):
-                return call(view, of_inputs, *args, **kwargs)
-
-        count = ops.shape(next(iter(own.values())))[0]
-        by_row = ops.reshape(inputs, (count, -1, *ops.shape(inputs)[1:]))
-        outputs = ops.vectorized_map(of_row, (by_row, *own.values()))
-        return ops.reshape(outputs, (-1, *ops.shape(outputs)[2:]))
-
-    def _increment(self, inputs, factors, is_table, is_reverse):
-        shape = matrix_shape_of(self.layer)
-        if is_table and not is_reverse:
-            indices = ops.cast(inputs, "int32")
-            by_row = ops.reshape(indices, (ops.shape(factors[0])[0], -1))
-            outputs = increments.looked_up_by_row(by_row, *factors, shape[1], self._scale)
-            return ops.reshape(
-                ops.cast(outputs, self.layer.compute_dtype), (*ops.shape(inputs), shape[1])
-            )
-        if is_table:
-            a, b, kernel_filter = (ops.transpose(factor, (0, 2, 1)) for factor in factors)
-            return self._product(inputs, 1, (b, a, kernel_filter), shape[:1])
-        if isinstance(self.layer, keras.layers.Dense):
-            return self._product(inputs, 1, factors, shape[1:])
-        axes = einsum_axes(self.layer.equation)
-        contracted, outputs = axes.sizes(weight_shape_of(self.layer))
-        if axes.is_rows_product:
-            return self._product(inputs, len(contracted), factors, outputs)
-        of_inputs, rest = self.layer.equation.split(",")
-        of_outputs = rest.split("->")[1]
-        kept = [c for c in of_outputs if c not in axes.outputs]
-        inputs = ops.transpose(inputs, [of_inputs.index(c) for c in [*kept, *axes.contracted]])
-        product = self._product(inputs, len(contracted), factors, outputs)
-        return ops.transpose(product, [[*kept, *axes.outputs].index(c) for c in of_outputs])
-
-    def _product(self, inputs, contracted_axes, factors, output_sizes):
-        """The products of inputs that end with what is contracted."""
-        leading = ops.shape(inputs)[: len(inputs.shape) - contracted_axes]
-        count = ops.shape(factors[0])[0]
-        sizes = (*inputs.shape[: len(leading)], factors[0].shape[0])
-        samples = -1 if None in sizes else math.prod(sizes[:-1]) // sizes[-1]
-        width = math.prod(inputs.shape[len(leading) :])
-        by_row = ops.reshape(inputs, (count, samples, width))
-        outputs = increments.products_by_row(by_row, *factors, math.prod(output_sizes), self._scale)
-        return ops.reshape(outputs, (*leading, *output_sizes))
