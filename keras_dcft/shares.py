@@ -317,12 +317,30 @@ def written(layer) -> dict:
 
 
 def read(layer, store):
-    """Takes over what a store has for a layer's shares."""
+    """Takes over what a store has for a layer's shares; one without any leaves them as they are.
+
+    Raises:
+        ValueError: if the store is of a layer that other adapters wait in.
+    """
+    stored = [name for name in store.keys() if name.startswith(freezing.SHARE)]  # noqa: SIM118
+    if not stored:
+        return
+    places = {}
     for name, share in vars(layer).get("_dcft_shares", {}).items():
-        for key, value in share.values.items():
-            stored = _stored_name(name, key)
-            if stored in store.keys():  # noqa: SIM118 (no dict)
-                share.values[key] = np.array(store[stored], dtype=value.dtype)
+        # What a user made trainable by hand is in the file alone.
+        numbers = (str(number) for number in range(len(own_weights(layer))))
+        for key in (*ADAPTER_VARIABLES, *numbers):
+            places[_stored_name(name, key)] = share, key
+    needed = {name for name, (share, key) in places.items() if key in share.values}
+    if not needed <= set(stored) <= set(places):
+        raise ValueError(
+            f"Layer '{layer.name}' cannot be loaded: activate the adapter that was active when the "
+            "file was written, in a model that has the same adapters. The model has waiting "
+            f"{sorted(shares_of(layer))}; the file has {sorted(stored)[:6]}."
+        )
+    for name in stored:
+        share, key = places[name]
+        share.values[key] = np.array(store[name], dtype="float32")
 
 
 def _stored_name(name, key) -> str:

@@ -301,10 +301,11 @@ def test_what_is_made_trainable_by_hand_belongs_to_the_active_one(tmp_path):
     path = tmp_path / "a.dcft.safetensors"
     save_dcft_weights(model, path, name="default")
     load_dcft_weights(model, path, name="third")
-    for name in ("third", "default"):
-        activate_dcft(model, name)
-        assert model.layers[-1].bias.trainable
-        np.testing.assert_array_equal(predict(model, vectors()), trained)
+    for one in (pickle.loads(pickle.dumps(model)), model):
+        for name in ("third", "default"):
+            activate_dcft(one, name)
+            assert one.layers[-1].bias.trainable
+            np.testing.assert_array_equal(predict(one, vectors()), trained)
 
 
 def test_a_callback_writes_the_one_that_it_is_told(tmp_path):
@@ -451,8 +452,12 @@ def test_a_weights_file_brings_all_of_them_or_changes_nothing(tmp_path):
         other.load_weights(path)
     for name, outputs in before.items():
         np.testing.assert_array_equal(predict(activate_dcft(other, name), inputs), outputs)
-    activate_dcft(other, "drop")
     model.save_weights(path)
+    activate_dcft(other, "default")
+    with pytest.raises(ValueError, match="activate the adapter that was active"):
+        other.load_weights(path)
+    np.testing.assert_array_equal(predict(other, inputs), before["default"])
+    activate_dcft(other, "drop")
     other.load_weights(path)
     assert_all_are_as(other, inputs, expected)
 
