@@ -110,6 +110,8 @@ def test_a_quantized_base(mode, tmp_path):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
 def test_files_and_rows_in_low_precision(policy, tmp_path):
+    if policy == "mixed_float16" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no attention in float16 on CPUs, for the plain model neither")
     keras.config.set_dtype_policy(policy)
     try:
         model, inputs = MODELS["backbone"][0](), MODELS["backbone"][1]()
