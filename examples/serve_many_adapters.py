@@ -139,7 +139,7 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
         bank: `AdapterBank` of a classifier.
         classes: dict of adapters' names to the names of their classes.
     """
-    waiting = asyncio.Queue()
+    waiting, adding = asyncio.Queue(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -151,18 +151,21 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
 
     @app.get("/adapters")
     async def list_adapters():
-        return {name: classes[name] for name in bank}
+        return {name: classes[name] for name in bank if name in classes}
 
     @app.put("/adapters/{name}", status_code=201)
     async def add_adapter(name: str, file: File):
-        if name in bank:
-            raise fastapi.HTTPException(409, f"There is an adapter '{name}' already.")
-        try:
-            notes = await asyncio.to_thread(read_notes, file.path)
+        async with adding:
+            if name in bank:
+                raise fastapi.HTTPException(409, f"There is an adapter '{name}' already.")
+            try:
+                notes = await asyncio.to_thread(read_notes, file.path)
+                if "classes" not in notes:
+                    raise ValueError("The notes in the file must have the names of its classes.")
+                await asyncio.to_thread(bank.add, name, file.path)
+            except (ValueError, OSError) as error:
+                raise fastapi.HTTPException(400, str(error)) from error
             classes[name] = notes["classes"]
-            await asyncio.to_thread(bank.add, name, file.path)
-        except (ValueError, OSError, KeyError) as error:
-            raise fastapi.HTTPException(400, str(error)) from error
         return {"adapters": len(bank)}
 
     @app.delete("/adapters/{name}")
@@ -180,7 +183,7 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
         logits = await answer
         if logits is None:
             raise fastapi.HTTPException(404, f"There is no adapter '{request.adapter}'.")
-        names = classes[request.adapter]
+        names = classes.get(request.adapter, [str(number) for number in range(len(logits))])
         shares = np.exp(logits[: len(names)] - logits[: len(names)].max())
         shares = [round(float(share), 4) for share in shares / shares.sum()]
         return {"label": names[int(np.argmax(shares))], "shares": dict(zip(names, shares))}

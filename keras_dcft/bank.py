@@ -159,6 +159,7 @@ class AdapterBank:
         plan, rows = self._rows_of(adapters)
         _check_count(_count(inputs), adapters)
         with selection.calls.running():
+            self._check_open()
             plan.check_rows(inputs, len(rows))
             return plan.per_row((inputs, ops.convert_to_tensor(rows)))
 
@@ -196,6 +197,8 @@ class AdapterBank:
         for start in starts:
             batch = keras.tree.map_structure(lambda x: x[start : start + batch_size], inputs)  # noqa: B023
             with selection.calls.running():
+                self._check_open()
+                plan.check_model()
                 of_batch = plan.per_row.predict_on_batch((batch, rows[start : start + batch_size]))
             outputs.append(of_batch)
             bar.add(1)
@@ -218,6 +221,7 @@ class AdapterBank:
         plan, rows = self._rows_of(adapters)
         _check_count(1 if isinstance(inputs, str) else _count(inputs), adapters)
         with selection.calls.running():
+            self._check_open()
             return plan.generate(inputs, rows, arguments)
 
     def _rows_of(self, adapters):
@@ -314,11 +318,12 @@ class _Plan:
         known = {id(variable) for variable in variables.values()}
         beside = [v for v in trained_in_full(self._model) if id(v) not in known]
         variables.update((id(variable), variable) for variable in beside)
-        owners = {
-            id(variable): (layer, number)
-            for layer in self._model._flatten_layers()
-            for number, variable in enumerate(shares.own_weights(layer))
-        }
+        owners, shared = {}, set()
+        for layer in self._model._flatten_layers():
+            for number, variable in enumerate(shares.own_weights(layer)):
+                if id(variable) in owners:
+                    shared.add(id(variable))
+                owners[id(variable)] = layer, number
         base = []
         for name, variable in variables.items():
             layer, number = owners.get(id(variable), (None, None))
@@ -327,6 +332,11 @@ class _Plan:
                 raise ValueError(
                     "Only dense, embedding and normalization layers can be trained in full beside "
                     f"the adapters of a bank. Received: {what} of type {type(layer).__name__}"
+                )
+            if id(variable) in shared:
+                raise ValueError(
+                    "Weights that are trained in full beside the adapters of a bank must be of one "
+                    f"layer alone. Received: {variable.path}, which others have too"
                 )
             computed = self._layers.setdefault(id(layer), RowLayer(layer))
             computed.own[str(number)] = variable
@@ -384,6 +394,9 @@ class _Plan:
     def generate(self, prompts, rows, arguments):
         """A task's `generate`, with a row of the table for each prompt."""
         self._generating.rows = rows
+        task, sampler = self._task, self._model.sampler
+        if task.sampler is not sampler:  # the model was compiled with another since
+            vars(task).update(sampler=sampler, generate_function=None)
         return self._task.generate(prompts, **arguments)
 
     @functools.cached_property

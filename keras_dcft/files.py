@@ -239,6 +239,7 @@ class Place:
         self.part = part or self._adapted_part()
         self.layers = self.outer if self.part is model else with_itself(self.part)
         self.config = config or config_of(self.part, name)
+        self._is_known = name in adapter_names(model)
 
     def _adapted_part(self):
         """The one model that was adapted as a whole, with none inside, or else the model itself."""
@@ -281,6 +282,8 @@ class Place:
         told, inside = self._told_to_be_trained()
         part = {id(layer) for layer in self.layers.values()}
         for path, layer in self.outer.items():
+            if self._is_known and is_touched(layer) and self.name not in shares.names_of(layer):
+                continue  # it is trained by other adapters
             weights = shares.own_variables(layer, self.name)
             if isinstance(layer, DCFTLayer) and id(layer) not in part:
                 weights = keras_internals.own_weights(layer)

@@ -68,13 +68,18 @@ def activate(model, name, holders):
     if name is not None:
         layers = {p: layer for p, layer in layers.items() if name in shares.names_of(layer)}
     layers = {p: layer for p, layer in layers.items() if shares.active_name(layer) != name}
-    was_at_rest = any(shares.active_name(layer) is None for layer in layers.values())
+    if not layers:
+        return
+    trained = {id(variable) for variable in model.trainable_variables}
     for layer in layers.values():
         shares.put_aside(layer)
     if name is None:
         for layer in layers.values():
             shares.rest(layer)
     elif all(shares.shares_of(layer)[name].fits(layer) for layer in layers.values()):
+        # In all layers first: two of them may have one variable.
+        for layer in layers.values():
+            shares.put_base_back(layer, shares.active_name(layer))
         for layer in layers.values():
             shares.take_up(layer, name)
     else:
@@ -86,7 +91,7 @@ def activate(model, name, holders):
             keras_internals.track_torch_parameters(with_itself(holder).values())
         return
     # Other numbers are trained now, or none, so that what the optimizers know is of no use.
-    if name is None or was_at_rest:
+    if trained != {id(variable) for variable in model.trainable_variables}:
         _reset_training(holders())
     else:
         keras_internals.restart_optimizer(model)
@@ -169,7 +174,9 @@ def check_finite(model, names):
     """Raises ValueError if one of these adapters of a model has values that are not finite."""
     for path, layer in with_itself(model).items():
         for name in set(names).intersection(shares.names_of(layer)):
-            for key, value in shares.adapter_values(layer, name).items():
+            own = enumerate(shares.own_variables(layer, name))
+            trained = {str(n): v for n, v in own if shares.is_changed_by(v)}
+            for key, value in {**shares.adapter_values(layer, name), **trained}.items():
                 if not np.isfinite(ops.convert_to_numpy(value.value)).all():
                     raise ValueError(
                         "Load an adapter that did not diverge, or remove this one: its values must "
@@ -193,9 +200,13 @@ def merge(model, weights: dict, holders):
             weighted = [(weights[n], share) for n, share in of_layer if weights.get(n)]
             kept.append((layer, weighted))
     release_all(model, holders, put_back=True)
+    done = set()  # two layers may have one variable
     for layer, weighted in kept:
         # In full first: what that changed is counted from the base.
         for number, variable in enumerate(keras_internals.own_weights(layer)):
+            if id(variable) in done:
+                continue
+            done.add(id(variable))
             key = str(number)
             changes = [(w, s.values[key]) for w, s in weighted if key in s.values]
             if [weight for weight, _ in changes] == [1]:

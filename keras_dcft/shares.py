@@ -161,6 +161,12 @@ def trained_beside(layer, name) -> list:
     return [id(own[int(n)]) for n in numbers if was_trainable[id(own[int(n)])]]
 
 
+def is_changed_by(variable) -> bool:
+    """Whether an adapter trains this one of its `own_variables` in full."""
+    is_waiting = isinstance(variable, Waiting)
+    return variable.trainable if is_waiting else freezing.base_value(variable) is not None
+
+
 def put_base_back(layer, name):
     """Gives what an adapter trains in full the values of the base model."""
     for variable in own_variables(layer, name):
@@ -232,7 +238,7 @@ def special_state(layer) -> dict:
     if not freezing.is_touched(layer):
         return {}
     state = {"flags": freezing.special_flags(layer)}
-    if names_of(layer) != [DEFAULT_NAME]:
+    if active_name(layer) != DEFAULT_NAME or shares_of(layer):
         state["active"] = active_name(layer)
         state["stored"] = {
             name: {
@@ -264,14 +270,16 @@ def put_aside(layer):
     if share.settings is not None and layer.dcft_adapter.host is layer:
         share.values.update({n: _copied(v) for n, v in layer.dcft_adapter.variables.items()})
     for number, variable in enumerate(own_weights(layer)):
-        if freezing.base_value(variable) is not None:
-            share.values[str(number)] = _copied(variable)
+        base, value = freezing.base_value(variable), _copied(variable)
+        # A base alone says that some adapter trains it.
+        is_own = share.is_trained or variable.trainable or not np.array_equal(value, base)
+        if base is not None and is_own:
+            share.values[str(number)] = value
     shares_of(layer)[name] = share
 
 
 def take_up(layer, name):
-    """Gives the variables of a layer, which fit, the values of a share, and makes it the active."""
-    put_base_back(layer, active_name(layer))
+    """Gives a layer's variables, which fit and are as the base's, the values of a share."""
     share = shares_of(layer).pop(name)
     layer._dcft_active = name
     freezing.set_flags_now(layer, share.flags)
@@ -292,8 +300,9 @@ def rest(layer):
     adapter = getattr(layer, "dcft_adapter", None)
     if adapter is not None:
         adapter.filter.assign(np.zeros(adapter.filter.shape, "float32"))
-    for variable in keras_internals.own_trainable_variables(layer):
-        variable.trainable = False
+    for variable in keras_internals.own_weights(layer):
+        if not variable.overwrite_with_gradient:
+            variable.trainable = False
 
 
 def own_weights(layer) -> list:

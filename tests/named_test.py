@@ -30,6 +30,7 @@ from keras_dcft import (
     dcft_disabled,
     dcft_summary,
     enable_dcft,
+    keras_internals,
     load_dcft_weights,
     merge_dcft,
     remove_dcft,
@@ -460,6 +461,53 @@ def test_a_weights_file_brings_all_of_them_or_changes_nothing(tmp_path):
     activate_dcft(other, "drop")
     other.load_weights(path)
     assert_all_are_as(other, inputs, expected)
+
+
+def test_the_only_adapter_comes_back_while_the_base_is_active():
+    model = enable_dcft(sequential(), kernel_size=4)
+    change(model, 0)
+    expected = {None: None, "default": predict(model, vectors())}
+    expected[None] = predict(activate_dcft(model, None), vectors())
+    loaded = pickle.loads(pickle.dumps(model))
+    assert not loaded.trainable_variables
+    np.testing.assert_array_equal(predict(loaded, vectors()), expected[None])
+    assert_all_are_as(loaded, vectors(), expected)
+
+
+def test_what_was_thawed_by_hand_trains_in_no_other_adapter_and_not_in_the_base():
+    model = enable_dcft(enable_dcft(sequential(), kernel_size=4), kernel_size=4, name="legal")
+    model.compile("adam", "mse")
+    bias = model.layers[-1].bias
+    for name in ("legal", "default", "legal", None, "legal"):
+        activate_dcft(model, name)
+        if name == "default":
+            bias.trainable = True
+            model.fit(vectors(), np.ones((4, 9)), verbose=0)
+        assert bias.trainable == (name == "default")
+
+
+def test_layers_that_share_a_weight_are_merged_and_activated_once():
+    model = keras.Sequential([keras.Input((8,)), *(keras.layers.Dense(8) for _ in range(3))])
+    first, second, _ = model.layers
+    with keras_internals.unlocked(second):
+        second._untrack_variable(second._kernel)
+        second._kernel = first._kernel
+    base = array(model.layers[0]._kernel)
+    arguments = {"trainable_layers": ["^dense$", "^dense_1$"], "kernel_size": 4}
+    enable_dcft(enable_dcft(model, **arguments), **arguments, name="other")
+    activate_dcft(model, "other")
+    model.layers[0]._kernel.assign(base + 1)
+    activate_dcft(activate_dcft(model, "default"), "other")
+    np.testing.assert_allclose(array(model.layers[0]._kernel), base + 1, atol=1e-6)
+    merge_dcft(model, weights={"other": 0.5})
+    np.testing.assert_allclose(array(model.layers[0]._kernel), base + 0.5, atol=1e-6)
+
+
+def test_a_head_with_infinity_is_not_merged():
+    model = enable_dcft(sequential(), kernel_size=4, trainable_layers="dense_1")
+    model.layers[-1].bias.assign(np.full(9, np.inf))
+    with pytest.raises(ValueError, match="must be finite"):
+        merge_dcft(model)
 
 
 NAMES = ("one", "two", "three")
