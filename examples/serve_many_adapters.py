@@ -151,7 +151,7 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
 
     @app.get("/adapters")
     async def list_adapters():
-        return {name: classes[name] for name in bank if name in classes}
+        return {name: classes[name] for name in bank}
 
     @app.put("/adapters/{name}", status_code=201)
     async def add_adapter(name: str, file: File):
@@ -162,10 +162,11 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
                 notes = await asyncio.to_thread(read_notes, file.path)
                 if "classes" not in notes:
                     raise ValueError("The notes in the file must have the names of its classes.")
+                classes[name] = notes["classes"]
                 await asyncio.to_thread(bank.add, name, file.path)
             except (ValueError, OSError) as error:
+                classes.pop(name, None)
                 raise fastapi.HTTPException(400, str(error)) from error
-            classes[name] = notes["classes"]
         return {"adapters": len(bank)}
 
     @app.delete("/adapters/{name}")
@@ -178,12 +179,12 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
 
     @app.post("/predict")
     async def predict(request: Request):
+        names = classes.get(request.adapter)
         answer = asyncio.get_running_loop().create_future()
         await waiting.put((request, answer))
         logits = await answer
-        if logits is None:
+        if names is None or logits is None:
             raise fastapi.HTTPException(404, f"There is no adapter '{request.adapter}'.")
-        names = classes.get(request.adapter, [str(number) for number in range(len(logits))])
         shares = np.exp(logits[: len(names)] - logits[: len(names)].max())
         shares = [round(float(share), 4) for share in shares / shares.sum()]
         return {"label": names[int(np.argmax(shares))], "shares": dict(zip(names, shares))}

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -96,13 +97,13 @@ class AdapterBank:
             TypeError, ValueError, OSError: as the constructor, and ValueError for a name that is
                 taken. The bank is unchanged then.
         """
-        self._check_open()
         if not isinstance(name, str) or not name:
             raise TypeError(f"`name` must be a str. Received: name={shortened(repr(name))}")
         path = files.checked_path(path)
         tensors, metadata = files.read(path)
         # The base's weights are read, which on JAX no other call may use meanwhile.
         with selection.calls.running(), self._lock:
+            self._check_open()
             if name in self._rows:
                 raise ValueError(
                     "`name` must be a new one, or call `remove` first. "
@@ -119,7 +120,7 @@ class AdapterBank:
                     plan.release()
                 raise
             if is_first:
-                self._plan.release()
+                self._release()
                 self._follow(plan)
             if not self._free:
                 size = len(self._table)
@@ -131,22 +132,23 @@ class AdapterBank:
 
     def _follow(self, plan):
         self._plan = plan
+        # A bank that nobody closes lets go when it is gone itself; and each plan once.
+        self._release = weakref.finalize(self, plan.release)
         self._table = np.zeros((self._capacity + 1, len(plan.base)), "float32")
         self._table[0] = plan.base
         self._free = list(range(self._capacity, 0, -1))
 
     def remove(self, name: str):
         """Forgets an adapter; calls that have begun go on with it."""
-        self._check_open()
         with self._lock:
+            self._check_open()
             self._check_names([name])
             self._free.append(self._rows.pop(name))
 
     def close(self):
         """Lets go of the model and of all adapters, when the calls that run have ended."""
         with selection.calls.changing(), self._lock:
-            if self._is_open:
-                self._plan.release()
+            self._release()
             self._is_open, self._rows, self._table, self._plan = False, {}, None, None
 
     def __call__(self, inputs, adapters):
@@ -226,13 +228,13 @@ class AdapterBank:
 
     def _rows_of(self, adapters):
         """The plan, and a copy of the table's rows for these adapters, of one state of the bank."""
-        self._check_open()
         if isinstance(adapters, str) or not hasattr(adapters, "__len__"):
             raise TypeError(
                 "`adapters` must be a list with a name, or None, for each row. "
                 f"Received: adapters={shortened(repr(adapters))}"
             )
         with self._lock:
+            self._check_open()
             self._check_names(name for name in adapters if name is not None)
             self._plan.check_model()
             rows = [0 if name is None else self._rows[name] for name in adapters]
@@ -257,6 +259,8 @@ def _is_texts(inputs) -> bool:
 
 
 def _count(inputs) -> int:
+    if isinstance(inputs, dict):
+        return max(map(_count, inputs.values()))
     return len(inputs) if _is_texts(inputs) else max(map(len, keras.tree.flatten(inputs)))
 
 
@@ -420,7 +424,6 @@ class _Plan:
         if self._is_checked or count < 2:
             return
         rng = np.random.default_rng(0)
-
         two = keras.tree.map_structure(lambda x: ops.convert_to_numpy(x)[:2], inputs)
         if all((x[:1] == x[1:]).all() for x in keras.tree.flatten(two)):
             two = keras.tree.map_structure(lambda x: np.stack([x[0], _another(x[0], rng)]), two)
@@ -443,21 +446,20 @@ class _Plan:
                     f"other, independent of each other, in {what}, of shape {two.shape} for 2 "
                     f"rows and {one.shape} for 1."
                 )
-        weights = [computed.layer for key, computed in self._layers.items() if key not in first]
-        zeros = [
-            (v, np.zeros(v.shape, "float32"))
-            for layer in weights
-            for v in shares.own_weights(layer)
-            if "float" in v.dtype
-        ]
-        with keras_internals.traced_with(zeros):
-            without = _as_arrays(self._model(two_rows, training=False))
-        if any(np.abs(a - b).max() > 1e-5 for a, b in zip(outputs, without)):
+        uncalled = [computed.layer for key, computed in self._layers.items() if key not in first]
+        if uncalled and self._uses(uncalled, two_rows, outputs):
             raise ValueError(
                 "`model` cannot have a bank: it computes with the weights of layers that it does "
-                f"not call, {joined(self._places[id(layer)] for layer in weights)}."
+                f"not call, {joined(self._places[id(layer)] for layer in uncalled)}."
             )
         self._is_checked = True
+
+    def _uses(self, layers, batch, outputs) -> bool:
+        """Whether a model's outputs are others when the weights of these layers are zero."""
+        own = [v for layer in layers for v in shares.own_weights(layer) if "float" in v.dtype]
+        with keras_internals.traced_with([(v, np.zeros(v.shape, "float32")) for v in own]):
+            without = _as_arrays(self._model(batch, training=False))
+        return not all(map(np.array_equal, outputs, without))
 
     def _inputs_of(self, batch) -> tuple[dict, list]:
         """What goes into each layer, by its id, and comes out of the model."""

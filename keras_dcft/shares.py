@@ -349,7 +349,7 @@ def read(layer, store):
         )
     for name in stored:
         share, key = places[name]
-        share.values[key] = np.array(store[name], dtype="float32")
+        share.values[key] = np.array(store[name])
 
 
 def _stored_name(name, key) -> str:

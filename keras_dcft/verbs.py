@@ -169,7 +169,8 @@ def activate_dcft(model: keras.Model, name: str | None) -> keras.Model:
 
     The others wait, and cost their memory and nothing else. Where the adapter has the layers and
     settings of the one before, numbers are exchanged in place: functions that were compiled before
-    go on and see it. Otherwise the next call traces anew. The optimizer starts afresh.
+    go on and see it. Otherwise the next call traces anew. The model's optimizer starts afresh; so
+    activate on the model that is fitted, not on a part of it.
 
     Args:
         model: a model with adapters, adapted by `enable_dcft` with names. Of a model around several

@@ -1,5 +1,6 @@
 """AdapterBank: each row of a batch with an adapter of its own."""
 
+import gc
 import pickle
 import threading
 
@@ -192,7 +193,11 @@ def test_each_prompt_has_its_own_adapter(sampler, tmp_path):
     model.sampler = model.sampler.from_config(model.sampler.get_config())
     with AdapterBank(model, paths) as adapters:
         outputs = adapters.generate(inputs, ROWS, stop_token_ids=None)
+        model.compile(sampler=SAMPLERS["top_k"]())
+        again = adapters.generate(inputs, ROWS, stop_token_ids=None)
+        sampled = generate(load_dcft_weights(model, paths["1"]), inputs)
     assert_rows(array(outputs["token_ids"]), expected)
+    np.testing.assert_array_equal(array(again["token_ids"])[3], array(sampled)[3])
 
 
 def test_an_encoder_and_decoder(tmp_path):
@@ -338,6 +343,42 @@ def test_it_is_a_collection(tmp_path):
     adapters.close()
     adapters.close()
     assert "closed" in repr(adapters)
+
+
+def test_a_bank_that_nobody_closed_lets_go_of_the_model(tmp_path):
+    model = sequential()
+    adapters = AdapterBank(model, files(model, tmp_path))
+    adapters.predict(vectors(), ROWS)
+    assert any("call" in vars(layer) for layer in model.layers)
+    del adapters
+    gc.collect()
+    assert not any("call" in vars(layer) for layer in model.layers)
+
+
+def test_closing_while_it_predicts_is_an_error_and_no_other_answer(tmp_path):
+    model = sequential()
+    paths, expected = alone(model, vectors(), tmp_path)
+    adapters, begun, seen = AdapterBank(model, paths), threading.Event(), []
+    model_inputs, rows = np.tile(vectors(), (500, 1)), ROWS * 500
+
+    def call():
+        try:
+            adapters.predict(vectors(), ROWS)
+            begun.set()
+            seen.append(adapters.predict(model_inputs, rows, batch_size=2))
+        except ValueError as error:
+            seen.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert begun.wait(60)
+    adapters.close()
+    thread.join()
+    (outcome,) = seen
+    if isinstance(outcome, str):
+        assert "this one is closed" in outcome
+    else:  # it was through before
+        assert_rows(outcome, {n: np.tile(x, (500, 1)) for n, x in expected.items()}, rows)
 
 
 def test_two_banks_of_one_model(tmp_path):

@@ -64,7 +64,9 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
         if not holds_integers(layer):
             return tuple(layer._kernel.shape)
         # Packed int4 kernels and calibrated ones are stored in other shapes.
-        input_shape = input_shape or layer.get_build_config()["input_shape"]
+        # By Keras's own method: what is carried has its build config in the wrapped serialisation.
+        build_config = keras.layers.EinsumDense.get_build_config(layer)
+        input_shape = input_shape or build_config["input_shape"]
         output_shape = layer.compute_output_shape(input_shape)
         return einsum_kernel_shape(layer.equation, input_shape, output_shape)
 
