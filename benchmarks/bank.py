@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from training_step import BACKENDS, VOCABULARY, device, spread, store, versions, work
+from training_step import BACKENDS, VOCABULARY, device, in_turns, spread, store, versions, work
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 ROWS, TOKENS = 32, 48
@@ -59,30 +59,6 @@ def measure(subject, rounds) -> dict:
         "rounds": rounds,
         "versions": versions(),
         **measured,
-    }
-
-
-def in_turns(variants, rounds) -> dict:
-    """Milliseconds of each variant, and the ratios to the first in the same turn."""
-    for run in variants.values():
-        run()
-        run()
-    seconds = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    first = next(iter(variants))
-    return {
-        "milliseconds": {name: spread([1000 * s for s in of]) for name, of in seconds.items()},
-        f"ratio to {first}": {
-            name: spread([a / b for a, b in zip(of, seconds[first])])
-            for name, of in seconds.items()
-            if name != first
-        },
     }
 
 

@@ -9,9 +9,7 @@ Results go to `benchmarks/results/inference.json`.
 
 import argparse
 import json
-import random
 import sys
-import time
 from pathlib import Path
 
 from training_step import (
@@ -20,8 +18,8 @@ from training_step import (
     VOCABULARY,
     batch_of,
     device,
+    in_turns,
     make_classifier,
-    spread,
     store,
     versions,
     work,
@@ -55,28 +53,13 @@ def measure(subject, rounds) -> dict:
 
     make = make_generator if subject == "generate" else make_predictor
     variants = {name: make(subject, name) for name in ("base", "merged", "adapted")}
-    for run in variants.values():
-        run()
-        run()
-    seconds = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - start)
     result = {
         "backend": keras.backend.backend(),
         "model": subject,
         "device": device(),
         "rounds": rounds,
         "versions": versions(),
-        "milliseconds": {name: spread([1000 * s for s in seconds[name]]) for name in variants},
-        "ratio to base": {
-            name: spread([a / b for a, b in zip(seconds[name], seconds["base"])])
-            for name in ("merged", "adapted")
-        },
+        **in_turns(variants, rounds),
     }
     if subject == "generate":
         result["tokens per second"] = {

@@ -173,6 +173,30 @@ def times(model, options) -> dict:
     }
 
 
+def in_turns(variants, rounds) -> dict:
+    """Milliseconds of each variant, and the ratios to the first in the same turn."""
+    for run in variants.values():
+        run()
+        run()
+    seconds = {name: [] for name in variants}
+    order = list(variants)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(variants))
+    return {
+        "milliseconds": {name: spread([1000 * s for s in of]) for name, of in seconds.items()},
+        f"ratio to {first}": {
+            name: spread([a / b for a, b in zip(of, seconds[first])])
+            for name, of in seconds.items()
+            if name != first
+        },
+    }
+
+
 def spread(values) -> dict:
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
