@@ -1,0 +1,43 @@
+"""Pages have the figures that were measured."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_page_on_many_adapters_has_the_benchmarks_tables():
+    page = (ROOT / "docs" / "many-adapters.md").read_text()
+    program = [sys.executable, ROOT / "benchmarks" / "bank.py", "--report"]
+    tables = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    assert len(tables.strip().split("\n\n")) == 3
+    for table in tables.strip().split("\n\n"):
+        assert table in page
+
+
+def test_the_readme_has_its_figures():
+    readme = (ROOT / "README.md").read_text()
+    runs = json.loads((RESULTS / "bank.json").read_text())
+    by_backend = {run["backend"]: run for run in runs if run["model"] == "predict"}
+    measured = [by_backend[backend] for backend in ("tensorflow", "jax", "torch")]
+    ratios = [f"{run['ratio to one']['bank']['median']:.2f}" for run in measured]
+    of_1000 = [run["growth"]["1000"] for run in measured]
+    sizes = [f"{of['bytes per adapter'] / 1e3:.0f} KB" for of in of_1000]
+    adding = [f"{of['adding']['median']:.1f} ms" for of in of_1000]
+    for what, cells in (
+        ("time against one adapter for all rows", ratios),
+        ("memory for each adapter", sizes),
+        ("adding one", adding),
+    ):
+        assert f"| {what} | {' | '.join(cells)} |" in readme
+
+
+def test_the_page_has_the_load_test():
+    page = " ".join((ROOT / "docs" / "many-adapters.md").read_text().split())
+    run = json.loads((RESULTS / "serving.jsonl").read_text().splitlines()[-1])
+    assert run["wrong"] == run["errors"] == 0
+    for number in (run["right"], run["not there"], run["adapters added and removed"]):
+        assert f"{number:,}" in page
