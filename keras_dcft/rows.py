@@ -43,14 +43,18 @@ class RowLayer:
         layer = self.layer
         is_table = isinstance(layer, keras.layers.Embedding)
         is_reverse = is_table and kwargs.get("reverse", bool(args and args[0]))
+        has_increment = self._scale is not None and (not is_reverse or layer.tie_weights)
         own = {key: values[key] for key in self.own}
-        outputs = self._base(own, inputs, args, kwargs)
-        if self._scale is not None and (not is_reverse or layer.tie_weights):
-            factors = [of_adapter[key] for key in ADAPTER_VARIABLES]
-            outputs = outputs + self._increment(inputs, factors, is_table, is_reverse)
+        outputs = self._base(own, has_increment, inputs, args, kwargs)
+        if not has_increment:
+            return outputs
+        factors = [of_adapter[key] for key in ADAPTER_VARIABLES]
+        outputs = outputs + self._increment(inputs, factors, is_table, is_reverse)
         if not is_table:
-            activation = getattr(layer, "activation", None) if self._is_dense else None
-            return outputs if activation is None else activation(outputs)
+            # Into its own shape: TensorFlow 2.21 on CPUs fuses such a sum with a ReLU behind it and
+            # breaks the graph, says so on many lines, and runs the graph unoptimized.
+            outputs = ops.reshape(outputs, ops.shape(outputs))
+            return outputs if layer.activation is None else layer.activation(outputs)
         if is_reverse:
             cap = layer.logit_soft_cap
             return outputs if cap is None else ops.multiply(ops.tanh(ops.divide(outputs, cap)), cap)
@@ -58,12 +62,8 @@ class RowLayer:
             keras_internals.set_mask(outputs, keras.layers.Embedding.compute_mask(layer, inputs))
         return outputs
 
-    @property
-    def _is_dense(self):
-        return isinstance(self.layer, (keras.layers.Dense, keras.layers.EinsumDense))
-
-    def _base(self, own, inputs, args, kwargs):
-        """What the base layer makes of the inputs, before the activation or cap."""
+    def _base(self, own, is_open, inputs, args, kwargs):
+        """What the base layer makes of the inputs, if it is open without the activation or cap."""
         layer = self.layer
         is_known = isinstance(layer, tuple(DCFT_CLASSES))
         cls = dcft_class(type(layer)) if is_known else type(layer)
@@ -71,7 +71,7 @@ class RowLayer:
         hidden = layer.dcft_adapter.variables.values() if isinstance(layer, DCFTLayer) else ()
         view = keras_internals.view_as(layer, cls, without=hidden)
         for name in ("activation", "logit_soft_cap"):
-            if is_known and name in vars(view):
+            if is_open and name in vars(view):
                 vars(view)[name] = None
         call = cls.call if layer.quantization_mode is None else cls.quantized_call
         if not own:
