@@ -69,7 +69,7 @@ def serve(options):
     for path in sorted(options.adapters.glob(f"*{SUFFIX}")):
         bank.add(path.name.removesuffix(SUFFIX), path)
     classes = {name: read_notes(options.adapters / f"{name}{SUFFIX}")["classes"] for name in bank}
-    print(f"{len(bank)} adapters on one base: {', '.join(bank)}", flush=True)
+    print(f"On one base: {', '.join(bank)}", flush=True)
     uvicorn.run(make_app(bank, classes), host=options.host, port=options.port, log_level="warning")
 
 
