@@ -7,12 +7,14 @@ from keras_dcft.files import load_dcft_weights, save_dcft_weights
 from keras_dcft.layers.dense import DCFTDense
 from keras_dcft.layers.einsum_dense import DCFTEinsumDense
 from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
+from keras_dcft.peft_folders import export_to_peft, import_from_peft
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
 from keras_dcft.schedules import LinearWarmupDecay
 from keras_dcft.verbs import (
     PAPER_RECIPE,
     activate_dcft,
+    convert_to_lora,
     dcft_disabled,
     enable_dcft,
     merge_dcft,
@@ -32,10 +34,13 @@ __all__ = [
     "LinearWarmupDecay",
     "Orthonormality",
     "activate_dcft",
+    "convert_to_lora",
     "dcft_disabled",
     "dcft_parameter_table",
     "dcft_summary",
     "enable_dcft",
+    "export_to_peft",
+    "import_from_peft",
     "kernel_size_for_budget",
     "load_dcft_weights",
     "merge_dcft",

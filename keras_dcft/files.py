@@ -25,7 +25,6 @@ import keras
 import numpy as np
 import safetensors
 import safetensors.numpy
-from keras import ops
 
 from keras_dcft import keras_internals, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES
@@ -92,14 +91,14 @@ def save_dcft_weights(
     required_dcft_layers(model)
     with selection.calls.changing(also_inside=True):
         tensors, metadata = _content(model, the_name(model, name), notes)
-    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
 def _content(model, name, notes) -> tuple[dict, dict]:
     """The tensors and the metadata of a model's file."""
     place = Place(model, name)
     config = {k: v for k, v in place.config.items() if k != "flags"}
-    tensors = {key: _array(value) for key, value in place.variables().items()}
+    tensors = {key: selection.as_array(value) for key, value in place.variables().items()}
     part = place.part
     metadata = {
         "format": FORMAT,
@@ -107,7 +106,7 @@ def _content(model, name, notes) -> tuple[dict, dict]:
         "dcft_config": json.dumps(config),
         "model_class": getattr(part, "dcft_base_class", type(part)).__name__,
         "part": next((path for path, layer in place.outer.items() if layer is part), ""),
-        "architecture": json.dumps(_architecture(place.layers)),
+        "architecture": json.dumps(architecture_of(place.layers)),
         "fingerprints": json.dumps(place.fingerprints),
         "notes": json.dumps(notes or {}),
     }
@@ -153,11 +152,20 @@ def load_dcft_weights(model: keras.Model, path, *, name: str | None = None) -> k
         names = adapter_names(model)
         if name is None:
             name = the_name(model) if names else DEFAULT_NAME
-        _load(model, checked_name(name), names, path, tensors, metadata)
+        load_content(model, checked_name(name), path, tensors, metadata)
     return model
 
 
-def _load(model, name, names, path, tensors, metadata):
+def load_content(model, name, path, tensors, metadata):
+    """Loads the content of a file as `load_dcft_weights` does, inside of a change.
+
+    Args:
+        model: the model.
+        name: str, the adapter to load into, or a new one.
+        path: where the content is from, for messages.
+        tensors, metadata: the content.
+    """
+    names = adapter_names(model)
     config = json.loads(metadata["dcft_config"])
     if any(selection.is_off(layer.dcft_filter) for layer in dcft_layers(model).values()):
         raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
@@ -312,17 +320,8 @@ class Place:
         return {id(layer) for layer in told}, {id(layer) for layer in [*inside, *told]}
 
 
-def _array(variable) -> np.ndarray:
-    is_waiting = isinstance(variable, shares.Waiting)
-    variable = variable.value if is_waiting else selection.trained_value(variable)
-    # NumPy has no bfloat16; float32 holds each of its values exactly.
-    is_low = "bfloat16" in str(variable.dtype)
-    return np.ascontiguousarray(
-        ops.convert_to_numpy(ops.cast(variable, "float32") if is_low else variable)
-    )
-
-
-def _architecture(layers) -> dict:
+def architecture_of(layers) -> dict:
+    """The shape of the weight of every dense and embedding layer, by path."""
     return {
         path: list(weight_shape_of(layer))
         for path, layer in layers.items()
@@ -341,7 +340,8 @@ def _checksum(tensors, metadata) -> str:
     return digest.hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes):
+def write_atomically(path: Path, content: bytes):
+    """Writes a file beside its place and renames it."""
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -388,7 +388,7 @@ def read(path: Path) -> tuple[dict, dict]:
 
 
 def _check_architecture(path, saved, layers, config):
-    found = _architecture(layers)
+    found = architecture_of(layers)
     resized = []
     for layer in [*saved, *(layer for layer in found if layer not in saved)]:
         in_file, in_model = saved.get(layer), found.get(layer)

@@ -10,6 +10,7 @@ import contextlib
 import threading
 
 import keras
+import numpy as np
 
 from keras_dcft import freezing, keras_internals, shares
 
@@ -27,6 +28,17 @@ def trained_value(variable):
     """What a variable is outside of all blocks: itself, or the value that it then gets back."""
     with _lock:
         return _switched_off[id(variable)][1] if is_off(variable) else variable
+
+
+def as_array(variable) -> np.ndarray:
+    """A variable's value as it was trained, or what waits for it."""
+    is_waiting = isinstance(variable, shares.Waiting)
+    variable = variable.value if is_waiting else trained_value(variable)
+    # NumPy has no bfloat16; float32 holds each of its values exactly.
+    is_low = "bfloat16" in str(variable.dtype)
+    return np.ascontiguousarray(
+        keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32") if is_low else variable)
+    )
 
 
 def assign(variable, value):

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_dcft import freezing, keras_internals, named, selection
+from keras_dcft import freezing, keras_internals, lora, named, selection, shares
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.models import adapt, carry, release_all, trained_in_full
@@ -301,6 +301,52 @@ def remove_dcft(model: keras.Model, name: str | None = None) -> keras.Model:
                 holders = _holders(model, layers.values())
                 release_all(model, holders, put_back=True)
                 _reset(holders)
+    return model
+
+
+def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
+    """Gives layers Keras's own LoRA, of rank `rank * kernel_size`, in place of an adapter.
+
+    The model computes the same, is of Keras's own classes and needs nothing of this package. What
+    was trained, the head and `trainable_layers` too, stays trainable, and the rest frozen.
+
+    Args:
+        model: a model adapted on `Dense` and embedding layers, and on such `EinsumDense` layers
+            as have one output axis, the kernel's last.
+        name: str, the adapter, where there are several; the others are dropped.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: as `merge_dcft`, and if an adapted layer's increment does not have
+            the form of Keras's LoRA; the message names it. Integers are no hindrance. The model is
+            unchanged then.
+        RuntimeError: inside a prediction of an adapted model.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> model = convert_to_lora(enable_dcft(model, kernel_size=4))
+        >>> model.layers[0].lora_kernel_a.shape
+        (32, 4)
+    """
+    with selection.calls.changing():
+        layers = _own_dcft_layers(model)
+        name = named.the_name(model, name)
+        everything = with_itself(model)
+        adapted = {
+            path: layer
+            for path, layer in everything.items()
+            if name in shares.names_of(layer) and shares.settings_of(layer, name) is not None
+        }
+        lora.check_convertible(adapted, everything)
+        named.check_finite(model, [name])
+        factors = lora.lora_factors(adapted, name)
+        with keras_internals.strategy_scope(model):
+            holders = _holders(model, layers.values())
+            named.activate(model, name, lambda: holders)
+            lora.convert(model, factors, holders)
+            _reset(holders)
     return model
 
 
