@@ -26,8 +26,7 @@ import numpy as np
 from serve_many_adapters import SUFFIX, make_base
 from training_step import device, versions
 
-from keras_dcft import load_dcft_weights
-from keras_dcft.files import read_notes
+from keras_dcft import load_dcft_weights, read_dcft_notes
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 TEXTS = (
@@ -71,7 +70,7 @@ def answers_alone(folder) -> dict:
     classifier, expected = make_base(), {}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         load_dcft_weights(classifier, path)
-        count = len(read_notes(path)["classes"])
+        count = len(read_dcft_notes(path)["notes"]["classes"])
         logits = classifier.predict(list(TEXTS), verbose=0)[:, :count]
         shares = np.exp(logits - logits.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)

@@ -33,8 +33,8 @@ from methods import LEARNING_RATES, default_preset, linear_decay
 from text_classifier import batches, make_classifier
 from text_data import TextData, load_text_data
 
-from keras_dcft import AdapterBank, enable_dcft, remove_dcft, save_dcft_weights
-from keras_dcft.files import SUFFIX, read_notes
+from keras_dcft import AdapterBank, enable_dcft, read_dcft_notes, remove_dcft, save_dcft_weights
+from keras_dcft.files import SUFFIX
 
 SEQUENCE_LENGTH = 64
 # All adapters of a bank have a head of one size: that of the task with most classes.
@@ -65,10 +65,11 @@ def serve(options):
     classifier = make_base(options.preset)
     if not list(options.adapters.glob(f"*{SUFFIX}")):
         train_all(classifier, options)
-    bank = AdapterBank(classifier)
+    bank, classes = AdapterBank(classifier), {}
     for path in sorted(options.adapters.glob(f"*{SUFFIX}")):
-        bank.add(path.name.removesuffix(SUFFIX), path)
-    classes = {name: read_notes(options.adapters / f"{name}{SUFFIX}")["classes"] for name in bank}
+        name = path.name.removesuffix(SUFFIX)
+        bank.add(name, path)
+        classes[name] = read_dcft_notes(path)["notes"]["classes"]
     print(f"On one base: {', '.join(bank)}", flush=True)
     uvicorn.run(make_app(bank, classes), host=options.host, port=options.port, log_level="warning")
 
@@ -159,7 +160,7 @@ def make_app(bank, classes: dict) -> fastapi.FastAPI:
             if name in bank:
                 raise fastapi.HTTPException(409, f"There is an adapter '{name}' already.")
             try:
-                notes = await asyncio.to_thread(read_notes, file.path)
+                notes = (await asyncio.to_thread(read_dcft_notes, file.path))["notes"]
                 if "classes" not in notes:
                     raise ValueError("The notes in the file must have the names of its classes.")
                 classes[name] = notes["classes"]

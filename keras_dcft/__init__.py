@@ -3,7 +3,7 @@
 from keras_dcft.bank import AdapterBank
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
-from keras_dcft.files import load_dcft_weights, save_dcft_weights
+from keras_dcft.files import load_dcft_weights, read_dcft_notes, save_dcft_weights
 from keras_dcft.layers.dense import DCFTDense
 from keras_dcft.layers.einsum_dense import DCFTEinsumDense
 from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
@@ -44,6 +44,7 @@ __all__ = [
     "kernel_size_for_budget",
     "load_dcft_weights",
     "merge_dcft",
+    "read_dcft_notes",
     "remove_dcft",
     "save_dcft_weights",
 ]

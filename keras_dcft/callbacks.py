@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 
 from keras_dcft import keras_internals
-from keras_dcft.files import SUFFIX, read_notes, save_dcft_weights
+from keras_dcft.files import SUFFIX, read_dcft_notes, save_dcft_weights
 from keras_dcft.named import the_name
 from keras_dcft.paths import required_dcft_layers
 from keras_dcft.settings import shortened
@@ -108,7 +108,7 @@ class DCFTCheckpoint(keras.callbacks.Callback):
             )
         for file in sorted(glob.glob(_glob_pattern(self.filepath))):
             try:
-                notes = read_notes(file)
+                notes = read_dcft_notes(file)["notes"]
             except (OSError, ValueError) as error:
                 warnings.warn(f"DCFTCheckpoint passes over a file: {error}", stacklevel=2)
                 continue

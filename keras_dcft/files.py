@@ -8,8 +8,10 @@ Layout, format version 2. Tensors:
 Metadata: `format` ("keras_dcft"), `format_version`, `dcft_config` (JSON), `model_class`, `part`
 (the path of the adapted model in the model that was saved, empty if it is that, or if several parts
 are adapted), `architecture` (JSON, the weight shape of every dense and embedding layer of the
-adapted model by path), `fingerprints` (JSON, of every adapted weight by path), `notes` (JSON, the
-caller's) and `checksum` (SHA-256 over all of this and the tensors). Version 1 had no fingerprints.
+adapted model by path), `matrix_shapes` (JSON, likewise of every adapted weight as a matrix),
+`fingerprints` (JSON, of every adapted weight by path), `notes` (JSON, the caller's) and `checksum`
+(SHA-256 over all of this and the tensors). Version 1 had no fingerprints and no matrix shapes; the
+package needs none of the latter, those who read a file without its model do (docs/format.md).
 """
 
 import functools
@@ -107,6 +109,7 @@ def _content(model, name, notes) -> tuple[dict, dict]:
         "model_class": getattr(part, "dcft_base_class", type(part)).__name__,
         "part": next((path for path, layer in place.outer.items() if layer is part), ""),
         "architecture": json.dumps(architecture_of(place.layers)),
+        "matrix_shapes": json.dumps({p: matrix_shape_of(x) for p, x in place.owners().items()}),
         "fingerprints": json.dumps(place.fingerprints),
         "notes": json.dumps(notes or {}),
     }
@@ -219,9 +222,61 @@ def place_for(model, metadata):
     return Place(model, None, json.loads(metadata["dcft_config"]), part)
 
 
-def read_notes(path) -> dict:
-    """The notes that `save_dcft_weights` was given for a file."""
-    return json.loads(read(checked_path(path))[1]["notes"])
+def read_dcft_notes(path) -> dict:
+    """What is in an adapter file, told without a model; the whole file is checked for it.
+
+    Args:
+        path: str or path of a file that `save_dcft_weights` wrote.
+
+    Returns:
+        dict of plain data:
+
+        - `format_version`: int.
+        - `settings`: the adapter's `dcft_config`: rank, alpha, ..., kernel sizes by layer path.
+        - `base`: what it was trained on: `model_class`, `part` (the path of the adapted model in
+          the model that was saved), `architecture` (the weight shape of each dense and embedding
+          layer by path) and `fingerprints` (eight numbers of each adapted weight by path; empty in
+          files of version 1).
+        - `notes`: what `save_dcft_weights` was given.
+        - `counts`: of numbers in `adapters` and `trained_in_full`, and of `tensors`.
+        - `tensors`: the `dtype` and `shape` of each by name.
+
+    Raises:
+        ValueError: if the path ends otherwise, or the file is damaged or of a newer format.
+        OSError: if the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/my.dcft.safetensors"
+        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
+        >>> save_dcft_weights(enable_dcft(model), path, notes={"accuracy": 0.9})
+        >>> found = read_dcft_notes(path)
+        >>> found["notes"], found["counts"]
+        ({'accuracy': 0.9}, {'adapters': 76, 'trained_in_full': 0, 'tensors': 3})
+    """
+    tensors, metadata = read(checked_path(path))
+    sizes = {name: tensor.size for name, tensor in tensors.items()}
+    in_adapters = sum(size for name, size in sizes.items() if name.startswith("adapter/"))
+    return {
+        "format_version": int(metadata["format_version"]),
+        "settings": json.loads(metadata["dcft_config"]),
+        "base": {
+            "model_class": metadata["model_class"],
+            "part": metadata["part"],
+            "architecture": json.loads(metadata["architecture"]),
+            "fingerprints": json.loads(metadata.get("fingerprints", "{}")),
+        },
+        "notes": json.loads(metadata["notes"]),
+        "counts": {
+            "adapters": in_adapters,
+            "trained_in_full": sum(sizes.values()) - in_adapters,
+            "tensors": len(tensors),
+        },
+        "tensors": {
+            name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+            for name, tensor in sorted(tensors.items())
+        },
+    }
 
 
 def checked_path(path) -> Path:

@@ -311,8 +311,7 @@ def test_names_and_folders_are_checked(tmp_path):
 SAVE_AND_BE_KILLED = """
 import os, pathlib, random, select, signal, sys, time
 import keras, numpy as np, safetensors.numpy
-from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
-from keras_dcft.files import read_notes
+from keras_dcft import enable_dcft, load_dcft_weights, read_dcft_notes, save_dcft_weights
 
 def make():
     layers = [keras.Input((300,)), keras.layers.Dense(1000, name="wide"), keras.layers.Dense(20)]
@@ -343,7 +342,7 @@ for number in range(kills):
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     os.close(told), os.close(tell)
-    seen.append(read_notes(path)["number"])
+    seen.append(read_dcft_notes(path)["notes"]["number"])
     values = {float(x) for v in safetensors.numpy.load_file(path).values() for x in np.unique(v)}
     assert values == {seen[-1]}, (number, values)
     assert seen[-1] in (number, *seen[-2:-1] * (number % 2)), (number, seen)

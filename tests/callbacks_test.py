@@ -3,8 +3,13 @@ import numpy as np
 import pytest
 from tools import predict, sequential, vectors
 
-from keras_dcft import DCFTCheckpoint, enable_dcft, load_dcft_weights, save_dcft_weights
-from keras_dcft.files import read_notes
+from keras_dcft import (
+    DCFTCheckpoint,
+    enable_dcft,
+    load_dcft_weights,
+    read_dcft_notes,
+    save_dcft_weights,
+)
 
 
 class Logged(DCFTCheckpoint):
@@ -184,7 +189,7 @@ def test_a_file_of_a_batch_holds_what_was_trained_until_then(tmp_path):
     np.testing.assert_array_equal(predict(model, vectors()), after_four)
     load_dcft_weights(model, tmp_path / "1-2.dcft.safetensors")
     assert np.abs(predict(model, vectors()) - after_four).max() > 0
-    notes = read_notes(tmp_path / "1-4.dcft.safetensors")
+    notes = read_dcft_notes(tmp_path / "1-4.dcft.safetensors")["notes"]
     assert (notes["epoch"], notes["batch"], notes["monitor"]) == (1, 4, "loss")
 
 
@@ -216,7 +221,7 @@ def test_files_that_cannot_be_read_are_passed_over(tmp_path, monkeypatch):
 def test_a_file_is_an_adapter_file_with_notes(tmp_path):
     path = tmp_path / "a.dcft.safetensors"
     model = fit(Logged(path, monitor="val_accuracy", values=[0.25]), epochs=1)
-    assert read_notes(path) == {"epoch": 1, "monitor": "val_accuracy", "value": 0.25}
+    assert read_dcft_notes(path)["notes"] == {"epoch": 1, "monitor": "val_accuracy", "value": 0.25}
     expected = predict(model, vectors())
     fit(DCFTCheckpoint(tmp_path / "other.dcft.safetensors"), model=model)
     np.testing.assert_array_equal(predict(load_dcft_weights(model, path), vectors()), expected)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from golden.write import ADAPTERS, MODELS, predict, task
 
-from keras_dcft import load_dcft_weights, remove_dcft
-from keras_dcft.files import read_notes
+from keras_dcft import load_dcft_weights, read_dcft_notes, remove_dcft
 from keras_dcft.paths import dcft_layers
 
 V1 = Path(__file__).parent / "golden" / "v1"
@@ -51,5 +50,5 @@ def test_adapter_files(name, predictions):
     expected = predictions[f"{name} adapter"]
     assert np.abs(base - expected).max() > 1e-2
     assert_predicts(model, inputs(), expected)
-    assert read_notes(path) == {"name": name}
+    assert read_dcft_notes(path)["notes"] == {"name": name}
     assert not dcft_layers(remove_dcft(model))
