@@ -3,6 +3,7 @@
 from keras_dcft.bank import AdapterBank
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
+from keras_dcft.cards import write_model_card
 from keras_dcft.files import load_dcft_weights, read_dcft_notes, save_dcft_weights
 from keras_dcft.layers.dense import DCFTDense
 from keras_dcft.layers.einsum_dense import DCFTEinsumDense
@@ -47,4 +48,5 @@ __all__ = [
     "read_dcft_notes",
     "remove_dcft",
     "save_dcft_weights",
+    "write_model_card",
 ]

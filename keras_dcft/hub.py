@@ -5,8 +5,10 @@ that is imported first; so the made classes of all of KerasHub's are made when t
 """
 
 import importlib.util
+from pathlib import Path
 
 from keras_dcft import freezing, keras_internals, selection
+from keras_dcft.cards import preset_card
 from keras_dcft.models import (
     AdaptedModel,
     adapt,
@@ -18,6 +20,12 @@ from keras_dcft.models import (
 )
 from keras_dcft.paths import walk
 from keras_dcft.settings import AdapterSettings
+
+CODE_FOR_A_PRESET = """\
+import keras_dcft  # which knows the classes of the preset
+import keras_hub
+
+model = keras_hub.models.{cls}.from_preset("{folder}")"""
 
 keras_hub = importlib.import_module("keras_hub") if importlib.util.find_spec("keras_hub") else None
 
@@ -49,6 +57,13 @@ class AdaptedBackbone(AdaptedModel):
     def get_build_config(self):
         return self.dcft_base_class.get_build_config(self)
 
+    def save_to_preset(self, preset_dir, *args, base=None, metrics=None, data=None, **kwargs):
+        """As KerasHub's, and a model card with what `write_model_card` takes as well."""
+        known = (cls for cls in type(self).__mro__ if _is_public(cls))
+        code = CODE_FOR_A_PRESET.format(cls=next(known).__name__, folder=Path(preset_dir).name)
+        with preset_card(self, preset_dir, code, base=base, metrics=metrics, data=data):
+            super().save_to_preset(preset_dir, *args, **kwargs)
+
 
 class AdaptedTask(AdaptedBackbone):
     """Mixin of adapted tasks, whose config holds that of their adapted backbone."""
@@ -68,6 +83,10 @@ class AdaptedTask(AdaptedBackbone):
     def generate(self, *args, **kwargs):
         with selection.calls.running():
             return super().generate(*args, **kwargs)
+
+
+def _is_public(cls) -> bool:
+    return getattr(keras_hub.models, cls.__name__, None) is cls
 
 
 def is_task(model) -> bool:
