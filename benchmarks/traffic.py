@@ -23,6 +23,7 @@ from training_step import (
     PEFT,
     spread,
     store,
+    time_alone,
 )
 from training_step import RESULTS as STEPS
 
@@ -40,15 +41,16 @@ def main():
         return print(
             table(json.loads(options.steps.read_text()), json.loads(options.output.read_text()))
         )
+    time_alone()
     for dtype in ITEM_BYTES:
         store(measure(dtype), options.output)
 
 
-def measure(dtype, elements=2**31, side=8192) -> dict:
+def measure(dtype, size=2**30, side=8192) -> dict:
     """What the device reaches on a copy and on a square product of random numbers."""
     import torch
 
-    source = torch.randn(elements // ITEM_BYTES[dtype], device="cuda", dtype=getattr(torch, dtype))
+    source = torch.randn(size // ITEM_BYTES[dtype], device="cuda", dtype=getattr(torch, dtype))
     target = torch.empty_like(source)
     copied = [2 * source.nbytes / seconds(lambda: target.copy_(source)) for _ in range(9)]
     left, right = torch.randn(2, side, side, device="cuda", dtype=getattr(torch, dtype))
