@@ -21,6 +21,7 @@ from training_step import (
     LORA,
     MINILM_SHAPE,
     PEFT,
+    load_beside_others,
     spread,
     store,
     time_alone,
@@ -41,6 +42,9 @@ def main():
         return print(
             table(json.loads(options.steps.read_text()), json.loads(options.output.read_text()))
         )
+    load_beside_others()
+    import torch  # noqa: F401, before it is this program's turn
+
     time_alone()
     for dtype in ITEM_BYTES:
         store(measure(dtype), options.output)
