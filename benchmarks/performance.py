@@ -221,6 +221,8 @@ def target_table(steps, predicted, enabled) -> str:
             what = f"{model}: peak memory, DCFT / {LORA}"
             rows.append(target_row(what, "≤ 1.00", run, ratio, 0, 1))
     for run in predicted:
+        if "cores of" not in run["device"]:
+            continue
         for name, low, high in (("merged", 0.97, 1.03), ("adapted", 0, 1.10)):
             aim = f"{low}–{high}" if low else f"≤ {high:.2f}"
             what = f"{run['model']}: inference, {name} / base"

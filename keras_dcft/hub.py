@@ -12,13 +12,14 @@ from keras_dcft.cards import preset_card
 from keras_dcft.models import (
     AdaptedModel,
     adapt,
+    adapter_names,
     carry,
     carrying_class,
     config_of,
     keep_their_class,
     special_classes,
 )
-from keras_dcft.paths import walk
+from keras_dcft.paths import joined, walk
 from keras_dcft.settings import AdapterSettings
 
 CODE_FOR_A_PRESET = """\
@@ -63,6 +64,14 @@ class AdaptedBackbone(AdaptedModel):
         code = CODE_FOR_A_PRESET.format(cls=next(known).__name__, folder=Path(preset_dir).name)
         with preset_card(self, preset_dir, code, base=base, metrics=metrics, data=data):
             super().save_to_preset(preset_dir, *args, **kwargs)
+
+    def export_to_transformers(self, path):
+        """Refused: Transformers has plain weights, or a LoRA folder beside them."""
+        names = joined(map(repr, adapter_names(self)))
+        raise ValueError(
+            "Call `merge_dcft(model)` first, or `export_to_peft(model, folder)` for the adapter "
+            f"alone. Received: model '{self.name}' with adapters {names}."
+        )
 
 
 class AdaptedTask(AdaptedBackbone):

@@ -181,8 +181,9 @@ LANGUAGE_MODELS = [name for name, family in FAMILIES.items() if "CausalLM" in fa
 class Pair:
     """A random model in a folder of Transformers, and the same as a KerasHub task."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, **changes):
         config, self.cls, task, arguments = FAMILIES[name]
+        arguments = {**arguments, **changes}
         torch.manual_seed(0)
         model = getattr(transformers, self.cls)(
             getattr(transformers, f"{config}Config")(**arguments)
@@ -700,6 +701,30 @@ def test_tied_embeddings_are_adapted_on_both_sides_or_not_at_all(tmp_path):
     model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     with pytest.raises(ValueError, match="one weight for its input and its output"):
         import_from_peft(pair.task, tmp_path / "lora")
+
+
+# Of Gemma, KerasHub exports models with one key and value head alone, and Gemma 2 as Gemma.
+AT_HOME = {"gpt2": {}, "llama3": {}, "mistral": {}, "qwen2": {}, "gemma3": {}} | {
+    "gemma": {"num_key_value_heads": 1, "head_dim": 4}
+}
+
+
+@pytest.mark.parametrize("name", AT_HOME)
+def test_a_merged_model_goes_home_to_transformers(name, tmp_path):
+    pair = Pair(name, tmp_path, **AT_HOME[name])
+    if not hasattr(pair.task, "export_to_transformers"):
+        pytest.skip("this KerasHub exports nothing to Transformers")
+    enable_dcft(pair.task, kernel_size=3, target_layers="token_embedding|query|value|output")
+    trained(pair.task)
+    expected = pair.logits()
+    pair.folder = tmp_path / "home"
+    with pytest.raises(ValueError, match="Call `merge_dcft"):
+        pair.task.export_to_transformers(str(pair.folder))
+    with pytest.raises(ValueError, match="Call `merge_dcft"):
+        pair.task.backbone.export_to_transformers(str(pair.folder))
+    assert not pair.folder.exists()
+    merge_dcft(pair.task).export_to_transformers(str(pair.folder))
+    np.testing.assert_allclose(pair.their_logits(), expected, atol=1e-4)
 
 
 @pytest.mark.real
