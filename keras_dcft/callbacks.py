@@ -11,7 +11,7 @@ import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.files import SUFFIX, read_dcft_notes, save_dcft_weights
-from keras_dcft.named import the_name
+from keras_dcft.models import the_name
 from keras_dcft.paths import required_dcft_layers
 from keras_dcft.settings import shortened
 

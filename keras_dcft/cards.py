@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 
 from keras_dcft import shares
-from keras_dcft.models import adapter_names, config_of
+from keras_dcft.models import adapter_names, config_of, the_name
 from keras_dcft.paths import joined, required_dcft_layers, with_itself
 from keras_dcft.settings import AdapterSettings, shortened
 
@@ -83,7 +83,7 @@ def write_model_card(
         )
     cls = getattr(model, "dcft_base_class", type(model)).__name__
     code = CODE_FOR_A_FILE.format(cls=cls, file=path.name)
-    section = _section(model, [_the_name(model, name)], code, base, metrics, data)
+    section = _section(model, [the_name(model, name)], code, base, metrics, data)
     front = {"library_name": "keras_dcft", **_front(base)}
     if "base_model" in front:
         front["base_model_relation"] = "adapter"
@@ -116,18 +116,6 @@ def preset_card(model, folder, code, *, base=None, metrics=None, data=None):
         else:
             readme.write_bytes(before)
         raise
-
-
-def _the_name(model, name) -> str:
-    names = adapter_names(model)
-    if name is None and len(names) == 1:
-        return names[0]
-    if name not in names:
-        raise ValueError(
-            f"`name` must be that of one of the adapters of model '{model.name}': "
-            f"{joined(map(repr, names))}. Received: name={shortened(repr(name))}"
-        )
-    return name
 
 
 def _section(model, names, code, base, metrics, data) -> str:

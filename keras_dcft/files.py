@@ -35,8 +35,8 @@ from keras_dcft.freezing import is_part, is_touched
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.increments import subspace_shape
 from keras_dcft.layers.base import DCFTLayer
-from keras_dcft.models import adapter_names, config_of
-from keras_dcft.named import add, checked_name, the_name
+from keras_dcft.models import adapter_names, config_of, the_name
+from keras_dcft.named import add, checked_name
 from keras_dcft.paths import (
     checked_model,
     dcft_layers,

@@ -31,7 +31,7 @@ from keras_dcft.reclassing import (
     weight_of,
     weight_owners,
 )
-from keras_dcft.settings import AdapterSettings
+from keras_dcft.settings import AdapterSettings, shortened
 
 PACKAGE = "keras_dcft"
 
@@ -513,3 +513,20 @@ def trained_in_full(model) -> list:
     """The variables below a model that are trained in full and keep the values of the base."""
     own = (v for layer in model._flatten_layers() for v in keras_internals.own_weights(layer))
     return [variable for variable in own if freezing.base_value(variable) is not None]
+
+
+def the_name(model, name=None) -> str:
+    """The name of one adapter of a model, of the only one if none is given.
+
+    Raises:
+        ValueError: if there is none of that name, or none is given and there are several.
+    """
+    names = adapter_names(model)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None or name not in names:
+        raise ValueError(
+            f"`name` must be that of one of the adapters of model '{model.name}': "
+            f"{joined(map(repr, names))}. Received: name={shortened(repr(name))}"
+        )
+    return name

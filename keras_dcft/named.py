@@ -11,14 +11,13 @@ from keras_dcft.freezing import is_touched
 from keras_dcft.hub import head_config, is_task
 from keras_dcft.models import (
     adapt,
-    adapter_names,
     add_adapter,
     carry,
     config_of,
     release,
     release_all,
 )
-from keras_dcft.paths import joined, listed, with_itself
+from keras_dcft.paths import listed, with_itself
 from keras_dcft.reclassing import from_matrix, matrix_shape_of, weight_of
 from keras_dcft.settings import shortened
 
@@ -29,23 +28,6 @@ def checked_name(name) -> str:
         raise TypeError(f"`name` must be a str. Received: name={shortened(repr(name))}")
     if not name:
         raise ValueError("`name` must not be empty. Received: name=''")
-    return name
-
-
-def the_name(model, name=None) -> str:
-    """The name of one adapter of a model, of the only one if none is given.
-
-    Raises:
-        ValueError: if there is none of that name, or none is given and there are several.
-    """
-    names = adapter_names(model)
-    if name is None and len(names) == 1:
-        return names[0]
-    if name is None or name not in names:
-        raise ValueError(
-            f"`name` must be that of one of the adapters of model '{model.name}': "
-            f"{joined(map(repr, names))}. Received: name={shortened(repr(name))}"
-        )
     return name
 
 

@@ -4,7 +4,6 @@ DCFT of rank r and kernel size d is a LoRA of rank r·d, and a LoRA is DCFT of k
 ways nothing is approximated. (See `docs/serving.md` for what loads such a folder.)
 """
 
-import collections
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.files import Place, architecture_of, load_content, write_atomically
 from keras_dcft.hub import is_task, task_backbone
 from keras_dcft.lora import lora_factors
-from keras_dcft.models import adapter_names
+from keras_dcft.models import adapter_names, the_name
 from keras_dcft.paths import checked_model, joined, required_dcft_layers
 from keras_dcft.planning import check_built
 from keras_dcft.reclassing import matrix_shape_of
@@ -75,7 +74,9 @@ UNDERSTOOD = {
 STARTS_WITH_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def export_to_peft(model: keras.Model, folder, name: str | None = None, *, head=None):
+def export_to_peft(
+    model: keras.Model, folder, name: str | None = None, *, head=None, base: str | None = None
+):
     """Writes an adapter as a LoRA folder of Hugging Face PEFT, for the model in Transformers.
 
     A LoRA of rank `rank * kernel_size` per layer, exactly the same increment, with a scaling of 1.
@@ -115,7 +116,7 @@ def export_to_peft(model: keras.Model, folder, name: str | None = None, *, head=
         raise FileNotFoundError(f"Make the parent folder first. Received: folder={str(folder)!r}")
     required_dcft_layers(model)
     with selection.calls.changing(also_inside=True):
-        name = named.the_name(model, name)
+        name = the_name(model, name)
         named.check_finite(model, [name])
         place = Place(model, name)
         if task_backbone(model) is not place.part:
@@ -131,6 +132,7 @@ def export_to_peft(model: keras.Model, folder, name: str | None = None, *, head=
         tensors = _lora_tensors(place, family, modules)
     known = [_prefix(model, family) + module for module in modules] + [*heads]
     config = _config(place, family, tensors, [*known, OUTPUT_MODULE], heads, head)
+    config["base_model_name_or_path"] = base
     files = {WEIGHTS: {PREFIX + key: tensor for key, tensor in tensors.items()}}
     if trained and head == "separate":
         files[HEAD] = trained
@@ -143,7 +145,7 @@ def export_to_peft(model: keras.Model, folder, name: str | None = None, *, head=
     folder.mkdir(exist_ok=True)
     for file, content in contents.items():
         write_atomically(folder / file, content)
-    _warn_of_the_rank(config)
+    _warn_of_ranks(config)
 
 
 def _prefix(model, family):
@@ -219,7 +221,7 @@ def _config(place, family, tensors, known, heads, head) -> dict:
         module, _, factor = key.removesuffix(".weight").rpartition(".")
         if factor.endswith("_A"):
             ranks[module] = tensor.shape[0]
-    rank = collections.Counter(ranks.values()).most_common(1)[0][0]
+    rank = max(ranks.values())  # which is what vLLM looks at
     pattern = {}
     for other in sorted({*ranks.values()} - {rank}):
         of_rank = [module for module, of_module in ranks.items() if of_module == other]
@@ -230,7 +232,6 @@ def _config(place, family, tensors, known, heads, head) -> dict:
         "peft_type": "LORA",
         # PEFT has a head saved by itself where it knows the task.
         "task_type": family.task_type if is_task(place.model) and head is None else None,
-        "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
@@ -259,12 +260,18 @@ def _tails(modules, others) -> list:
     return list(tails)
 
 
-def _warn_of_the_rank(config):
-    most = max([config["r"], *config["rank_pattern"].values()])
-    if most > VLLM_RANK:
+def _warn_of_ranks(config):
+    rank, others = config["r"], sorted({*config["rank_pattern"].values()})
+    if rank > VLLM_RANK:
         warnings.warn(
-            f"The LoRA's rank, rank * kernel_size in each module of Transformers, is up to {most}. "
-            f"vLLM loads {VLLM_RANK} unless it is started with `--max-lora-rank {most}` or more.",
+            f"The LoRA's rank, rank * kernel_size in each module of Transformers, is up to {rank}. "
+            f"vLLM loads {VLLM_RANK} unless it is started with `--max-lora-rank {rank}` or more.",
+            stacklevel=3,
+        )
+    if others:
+        warnings.warn(
+            f"The LoRA's modules have several ranks, {joined(map(str, [*others, rank]))}. PEFT and "
+            "vLLM compute it rightly, llama.cpp scales all but the largest wrongly: merge there.",
             stacklevel=3,
         )
 

@@ -9,7 +9,14 @@ import numpy as np
 from keras_dcft import freezing, keras_internals, lora, named, selection, shares
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
-from keras_dcft.models import adapt, carry, release_all, trained_in_full
+from keras_dcft.models import (
+    adapt,
+    adapter_names,
+    carry,
+    release_all,
+    the_name,
+    trained_in_full,
+)
 from keras_dcft.paths import checked_model, joined, required_dcft_layers, walk, with_itself
 from keras_dcft.planning import plan_adaptation
 from keras_dcft.settings import (
@@ -101,7 +108,7 @@ def enable_dcft(
         [(4, 1), (1, 8), (8, 8)]
     """
     part = task_backbone(checked_model(model))
-    names = named.adapter_names(model)
+    names = adapter_names(model)
     if named.checked_name(name) in names:
         raise ValueError(
             "`name` must be a new one, or call `merge_dcft(model)` or `remove_dcft(model)` first: "
@@ -194,7 +201,7 @@ def activate_dcft(model: keras.Model, name: str | None) -> keras.Model:
     with selection.calls.changing():
         layers = _own_dcft_layers(model)
         if name is not None:
-            named.the_name(model, named.checked_name(name))
+            the_name(model, named.checked_name(name))
         with keras_internals.strategy_scope(model):
             named.activate(model, name, lambda: _holders(model, layers.values()))
     return model
@@ -255,7 +262,7 @@ def merge_dcft(
 
 def _checked_weights(model, name, weights) -> dict:
     if weights is None:
-        return {named.the_name(model, name): 1.0}
+        return {the_name(model, name): 1.0}
     if name is not None:
         raise ValueError(f"`name` must not be given beside `weights`. Received: name={name!r}")
     if not isinstance(weights, dict) or not weights:
@@ -263,9 +270,7 @@ def _checked_weights(model, name, weights) -> dict:
             '`weights` must be a dict of adapters\' names to numbers, such as {"legal": 0.7, '
             f'"default": 0.3}}. Received: weights={shortened(repr(weights))}'
         )
-    checked = {
-        named.the_name(model, n): checked_number(f"weights[{n!r}]", w) for n, w in weights.items()
-    }
+    checked = {the_name(model, n): checked_number(f"weights[{n!r}]", w) for n, w in weights.items()}
     if not np.isfinite(list(checked.values())).all():
         raise ValueError(f"`weights` must be finite. Received: weights={shortened(repr(weights))}")
     return checked
@@ -295,7 +300,7 @@ def remove_dcft(model: keras.Model, name: str | None = None) -> keras.Model:
     with selection.calls.changing():
         layers = _own_dcft_layers(model)
         with keras_internals.strategy_scope(model):
-            if name is not None and named.adapter_names(model) != [named.the_name(model, name)]:
+            if name is not None and adapter_names(model) != [the_name(model, name)]:
                 named.drop(model, name, lambda: _holders(model, layers.values()))
             else:
                 holders = _holders(model, layers.values())
@@ -332,7 +337,7 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
     """
     with selection.calls.changing():
         layers = _own_dcft_layers(model)
-        name = named.the_name(model, name)
+        name = the_name(model, name)
         everything = with_itself(model)
         adapted = {
             path: layer

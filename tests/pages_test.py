@@ -6,6 +6,8 @@ import sys
 
 from conftest import ROOT
 
+from keras_dcft.transformers_names import FAMILIES
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -41,3 +43,19 @@ def test_the_page_has_the_load_test():
     assert run["wrong"] == run["errors"] == 0
     for number in (run["right"], run["not there"], run["adapters added and removed"]):
         assert f"{number:,}" in page
+
+
+def test_the_page_on_transformers_lists_every_layer():
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    for name, family in FAMILIES.items():
+        part = page.partition(f"\n**{name}**")[2].partition("\n**")[0]
+        rows = [line for line in part.splitlines() if line.startswith("| `")]
+        expected = []
+        for module, paths in family.modules.items():
+            paths = (paths,) if isinstance(paths, str) else paths
+            expected.append(f"| `{module}` | {', '.join(f'`{path}`' for path in paths)} |")
+        assert rows == expected
+        assert f"begin with `{family.prefix}`" in part
+        for task, head in family.heads.items():
+            assert f"`{task}`" in part
+            assert all(f"`{module}` is `{path}`" in part for module, path in head.items())

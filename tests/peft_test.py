@@ -428,8 +428,9 @@ def test_any_choice_of_layers_fits(name, case, tmp_path):
 def test_what_stands_in_a_folder(tmp_path):
     pair = Pair("bert", tmp_path)
     trained(enable_dcft(pair.task, kernel_size=3, rank=2, dropout=0.1))
-    export_to_peft(pair.task, tmp_path / "lora")
+    export_to_peft(pair.task, tmp_path / "lora", base="someone/bert")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/bert"
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
     assert config["lora_dropout"] == 0.1
@@ -527,6 +528,17 @@ def test_quantized_bases_keep_their_adapter(tmp_path):
     export_to_peft(pair.task, tmp_path / "quantized")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("lora", "quantized")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_several_ranks_are_warned_of(tmp_path):
+    pair = Pair("gpt2", tmp_path)
+    enable_dcft(pair.task, kernel_size=3)
+    with pytest.warns(UserWarning, match="several ranks, 3, 9"):
+        export_to_peft(pair.task, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (9, 9)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert set(config["rank_pattern"].values()) == {3}
 
 
 def test_large_ranks_are_warned_of(tmp_path):
