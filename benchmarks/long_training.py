@@ -1,0 +1,340 @@
+"""Who leads after how many steps: DCFT, LoRA and full fine-tuning in long trainings.
+
+    python benchmarks/long_training.py --prepare DATA --data-dir ~/tfds --squad xquad.en.json
+    python benchmarks/long_training.py --data DATA --processes 8       # needs no TensorFlow
+
+The real MiniLM BERT on JAX, meant for a GPU: the trainings of one method at several learning rates,
+or with several seeds, are lanes of one program (`lanes.py`). SST-2 with 20,000 sentences for 8
+epochs, XQuAD for 12 and RTE for 20. Each training is scored after 1/8, 1/4, 1/2 and all of its
+steps. The rate is chosen with seed 0 on a validation part of the training data, as in `quality.py`;
+where the best is at the edge of the grid, the grid grows once. Then come two more seeds.
+
+One JSON line for each score in `benchmarks/results/long_training.jsonl`; trainings whose last line
+is there are skipped: a sweep that was cut off goes on.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "jax"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import jax
+import keras
+import numpy as np
+from keras import initializers
+from lanes import Examples, Lanes, Settings, flat_values, plan
+from methods import linear_decay
+from prepared import make_backbone, make_model, prepare, read
+
+from keras_dcft import LinearWarmupDecay, enable_dcft
+from keras_dcft.paths import dcft_layers
+
+RESULTS = ROOT / "benchmarks" / "results" / "long_training.jsonl"
+
+TASKS = ("sst2", "xquad", "rte")
+EPOCHS = {"sst2": 8, "xquad": 12, "rte": 20}
+BATCH_SIZES = {"sst2": 32, "xquad": 8, "rte": 16}
+# To which batches are cut; few, as each is compiled.
+LENGTHS = {"sst2": (12, 24, 48), "xquad": (144, 192), "rte": (64, 128)}
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+
+
+# --- methods ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The paper's settings for a task, `docs/choices.md`.
+
+    Attributes:
+        alpha, orthogonality: of `enable_dcft`.
+        warmup_share: float, the warm-up's share of the authors' steps.
+        head_dropout: float.
+    """
+
+    alpha: float
+    orthogonality: float
+    warmup_share: float
+    head_dropout: float
+
+
+# The authors have no question answering by spans; XQuAD's are those of QNLI.
+RECIPES = {
+    "sst2": Recipe(8.0, 0.1, 0.02, 0.0),
+    "xquad": Recipe(16.0, 0.1, 0.03, 0.1),
+    "rte": Recipe(16.0, 0.3, 0.05, 0.2),
+}
+RECIPE_WEIGHT_DECAY = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        arguments: dict, of `enable_dcft`; None for full fine-tuning.
+        start: function of the adapted backbone that sets the first values, or None.
+        rates: tuple of floats, the learning rates that are tried first, in order.
+        is_recipe: whether the task's `Recipe` is followed.
+        rate_factors: as in `Settings`.
+    """
+
+    arguments: dict | None
+    start: callable = None
+    rates: tuple = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    is_recipe: bool = False
+    rate_factors: dict = dataclasses.field(default_factory=dict)
+
+
+def start_as_lora(backbone):
+    """LoRA's start: A random, B zero; the filter of kernel size 1 is one number, 1."""
+    for layer in dcft_layers(backbone).values():
+        layer.dcft_a.assign(initializers.HeUniform()(layer.dcft_a.shape))
+        layer.dcft_b.assign(np.zeros(layer.dcft_b.shape))
+        layer.dcft_filter.assign([[1.0]])
+
+
+def start_linear(backbone):
+    """B zero, A and the filter of full size: the first steps are linear, not cubic."""
+    for layer in dcft_layers(backbone).values():
+        layer.dcft_a.assign(initializers.HeUniform()(layer.dcft_a.shape))
+        layer.dcft_b.assign(np.zeros(layer.dcft_b.shape))
+        layer.dcft_filter.assign(initializers.Orthogonal()(layer.dcft_filter.shape))
+
+
+def lora(**arguments):
+    # On the matrix view of the kernels, which kernel size 1 is.
+    return Method({"kernel_size": 1, "alpha": 1.0, **arguments}, start_as_lora)
+
+
+def recipe(kernel_size):
+    start = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
+    arguments = {"factor_initializer": start, "filter_initializer": start}
+    return Method({"kernel_size": kernel_size, **arguments}, is_recipe=True)
+
+
+MAIN = {
+    "DCFT, kernel size 8": Method({"kernel_size": 8}),
+    "LoRA, rank 1": lora(),
+    "DCFT, kernel size 2": Method({"kernel_size": 2}),
+    "LoRA, rank 1, query and value": lora(target_layers=["query", "value"]),
+    "LoRA, rank 1, last three blocks": lora(target_layers="transformer_layer_[345]/"),
+    "the paper's recipe, kernel size 8": recipe(8),
+    "the paper's recipe, kernel size 2": recipe(2),
+    "full fine-tuning": Method(None, rates=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)),
+}
+OTHERS = {
+    "DCFT, kernel size 8, B from zero": Method(
+        {"kernel_size": 8}, start_linear, rates=(6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
+    ),
+    "DCFT, kernel size 8, B's rate x 4": Method({"kernel_size": 8}, rate_factors={"dcft_b": 4.0}),
+    "DCFT, kernel size 8, rank 4": Method({"kernel_size": 8, "rank": 4}),
+    "DCFT, kernel size 8, rank 4, scale by root": Method(
+        {"kernel_size": 8, "rank": 4, "alpha": 32.0}
+    ),
+    "DCFT, kernel size 4": Method({"kernel_size": 4}),
+    "DCFT, kernel size 12": Method({"kernel_size": 12}),
+    "DCFT, kernel size 16": Method({"kernel_size": 16}),
+}
+METHODS = MAIN | OTHERS
+WITH_ONE_SEED = ("full fine-tuning",)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--prepare", metavar="FOLDER", help="write data and weights there; needs TensorFlow")
+    add("--data-dir", help="folder of tensorflow_datasets with GLUE, to prepare from")
+    add("--squad", help="a file in SQuAD's format, to prepare from")
+    add("--data", help="a folder that was prepared")
+    add("--output", default=str(RESULTS), help="the file of results")
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    add("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
+    add("--processes", type=int, default=1, help="how many work at a time")
+    add("--seeds", type=int, default=3, help="how many, at the best rate")
+    add("--lanes", type=int, default=5, help="trainings beside each other, at least")
+    add("--seconds", type=float, default=1e6, help="stop after that")
+    add("--most-steps", type=int, help="cut all trainings short, to try the program")
+    options = parser.parse_args()
+    if options.prepare:
+        return prepare(options.prepare, options.data_dir, options.squad)
+    if not options.data:
+        parser.error("--data is needed, a folder written with --prepare.")
+    run_all(options)
+
+
+def run_all(options):
+    end = time.time() + options.seconds
+    jobs = [
+        (task, method)
+        for methods in (MAIN, OTHERS)
+        for task in TASKS
+        for method in methods
+        if task in options.tasks and method in options.methods
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        waited_for = [pool.apply_async(sweep, (*job, options)) for job in jobs]
+        for result in waited_for:
+            result.wait(max(0.0, end - time.time()))
+    # Leaving the block has ended what was still running.
+
+
+def sweep(task, method, options):
+    """All trainings of a method on a task that are still to be done."""
+    try:
+        trainer = Trainer(task, method, options)
+        rates = sorted({*METHODS[method].rates, *trainer.tried()})
+        trainer.train([(rate, 0) for rate in rates])
+        best = trainer.best_rate()
+        if len(rates) == len(METHODS[method].rates):
+            if best == rates[0]:
+                trainer.train([(best / 2, 0), (best / 4, 0)])
+            elif best == rates[-1]:
+                trainer.train([(best * 2, 0), (best * 4, 0)])
+        if method not in WITH_ONE_SEED:
+            best = trainer.best_rate()
+            trainer.train([(best, seed) for seed in range(options.seeds)])
+    except Exception:  # the other jobs go on
+        traceback.print_exc()
+
+
+def finished(path) -> list:
+    path = Path(path)
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+class Trainer:
+    """The trainings of a method on a task."""
+
+    def __init__(self, task, method, options):
+        self.task, self.name, self.method = task, method, METHODS[method]
+        self.options = options
+        self.data = read(options.data, task)
+        steps = len(self.plan(0).kinds)
+        schedule, weight_decay = linear_decay(1.0, steps), 0.0
+        if self.method.is_recipe:
+            schedule = LinearWarmupDecay(1.0, steps, RECIPES[task].warmup_share)
+            weight_decay = RECIPE_WEIGHT_DECAY
+        model = self.make(0)
+        self.values = {0: flat_values(model)}
+        self.trainable = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        self.lanes = Lanes(
+            model,
+            self.data.train,
+            _joined(self.data.validation, self.data.reported),
+            Settings(schedule, weight_decay, self.method.rate_factors),
+        )
+
+    @functools.cache  # noqa: B019 (a trainer lives as long as its process works on a job)
+    def plan(self, seed):
+        task, train = self.task, self.data.train
+        made = plan(train.lengths, LENGTHS[task], EPOCHS[task], BATCH_SIZES[task], seed)
+        most = self.options.most_steps
+        return dataclasses.replace(made, kinds=made.kinds[:most], order=made.order[:most])
+
+    def make(self, seed):
+        """The model as it is before its first step."""
+        keras.utils.set_random_seed(seed)
+        backbone = make_backbone(self.options.data)
+        arguments = dict(self.method.arguments or {})
+        head_dropout = 0.1
+        if self.method.is_recipe:
+            recipe = RECIPES[self.task]
+            arguments |= {"alpha": recipe.alpha, "orthogonality": recipe.orthogonality}
+            head_dropout = recipe.head_dropout
+        model = make_model(self.task, backbone, head_dropout)
+        if self.method.arguments is not None:
+            enable_dcft(backbone, **arguments)
+        if self.method.start:
+            self.method.start(backbone)
+        return model
+
+    def first_values(self, seed):
+        if seed not in self.values:
+            self.values[seed] = flat_values(self.make(seed))
+        return self.values[seed]
+
+    def lines(self) -> list:
+        """What is finished, of the trainings' ends."""
+        return [
+            line
+            for line in finished(self.options.output)
+            if (line["task"], line["method"]) == (self.task, self.name)
+            and line["step"] == line["steps"] == len(self.plan(0).kinds)
+        ]
+
+    def tried(self) -> set:
+        return {line["learning_rate"] for line in self.lines()}
+
+    def best_rate(self) -> float:
+        lines = [line for line in self.lines() if line["seed"] == 0]
+        return max(lines, key=lambda line: line["validation"]["score"])["learning_rate"]
+
+    def train(self, runs):
+        """Those of the runs, pairs of rate and seed, that are not done, beside each other."""
+        done = {(line["learning_rate"], line["seed"]) for line in self.lines()}
+        runs = [run for run in runs if run not in done]
+        if not runs:
+            return
+        # A program of as many lanes is there already; what the lanes repeat is not looked at.
+        lanes = runs + runs[-1:] * (self.options.lanes - len(runs))
+        rates, seeds = zip(*lanes)
+        plans = [self.plan(seed) for seed in seeds]
+        steps = len(plans[0].kinds)
+        state = self.lanes.start([self.first_values(seed) for seed in seeds], seeds, steps)
+        started = time.time()
+        state, _ = self.lanes.run(state, rates, plans, 0, 0)
+        self.say(f"{len(lanes)} lanes, compiled in {time.time() - started:.1f} s")
+        first = 0
+        for share in SHARES:
+            last, started = round(share * steps), time.time()
+            state, logits = self.lanes.run(state, rates, plans, first, last)
+            seconds = time.time() - started
+            losses = np.array(state["losses"])[:, first:last].mean(axis=1)
+            for run, lane, loss in zip(runs, logits, losses):
+                self.write(run, last, steps, lane, float(loss), seconds / len(lanes))
+            self.say(f"{last} of {steps} steps, {seconds:.1f} s")
+            first = last
+
+    def say(self, text):
+        print(f"{time.strftime('%X')} {self.task}, {self.name}: {text}", flush=True)
+
+    def write(self, run, last, steps, logits, loss, seconds):
+        """A line of results, in one piece, as several processes write to the file."""
+        parts = np.split(logits, [len(self.data.validation.labels)])
+        line = {
+            "task": self.task,
+            "method": self.name,
+            "learning_rate": run[0],
+            "seed": run[1],
+            "step": last,
+            "steps": steps,
+            "validation": self.data.measures("validation", parts[0]),
+            "reported": self.data.measures("reported", parts[1]),
+            "training_loss": loss,
+            "trained_on": len(self.data.train.labels),
+            "trainable_parameters": self.trainable,
+            "seconds": round(seconds, 2),
+            "device": jax.devices()[0].device_kind,
+        }
+        with open(self.options.output, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _joined(one: Examples, other: Examples) -> Examples:
+    pairs = zip(one.arrays().items(), other.arrays().values())
+    return Examples(**{name: np.concatenate([x, y]) for (name, x), y in pairs})
+
+
+if __name__ == "__main__":
+    main()
