@@ -46,6 +46,7 @@ EPOCHS = {"sst2": 8, "xquad": 12, "rte": 20}
 BATCH_SIZES = {"sst2": 32, "xquad": 8, "rte": 16}
 # To which batches are cut; few, as each is compiled.
 LENGTHS = {"sst2": (12, 24, 48), "xquad": (144, 192), "rte": (64, 128)}
+MOST_GROWTHS = 2  # of the grid of rates, where the best is at its edge
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 
 
@@ -160,11 +161,13 @@ def main():
     add("--output", default=str(RESULTS), help="the file of results")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
+    add("--only-main", action="store_true", help="leave out the other forms of DCFT")
     add("--processes", type=int, default=1, help="how many work at a time")
+    add("--rates", type=int, default=5, help="how many are tried first, of each method's grid")
     add("--seeds", type=int, default=3, help="how many, at the best rate")
     add("--lanes", type=int, default=5, help="trainings beside each other, at least")
     add("--seconds", type=float, default=1e6, help="stop after that")
-    add("--most-steps", type=int, help="cut all trainings short, to try the program")
+    add("--most-steps", type=int, help="stop all trainings then, to try the program")
     options = parser.parse_args()
     if options.prepare:
         return prepare(options.prepare, options.data_dir, options.squad)
@@ -177,7 +180,7 @@ def run_all(options):
     end = time.time() + options.seconds
     jobs = [
         (task, method)
-        for methods in (MAIN, OTHERS)
+        for methods in ((MAIN,) if options.only_main else (MAIN, OTHERS))
         for task in TASKS
         for method in methods
         if task in options.tasks and method in options.methods
@@ -193,13 +196,14 @@ def sweep(task, method, options):
     """All trainings of a method on a task that are still to be done."""
     try:
         trainer = Trainer(task, method, options)
-        rates = sorted({*METHODS[method].rates, *trainer.tried()})
-        trainer.train([(rate, 0) for rate in rates])
-        best = trainer.best_rate()
-        if len(rates) == len(METHODS[method].rates):
-            if best == rates[0]:
+        grid = METHODS[method].rates
+        left_out = (len(grid) - options.rates) // 2
+        trainer.train([(rate, 0) for rate in grid[left_out : left_out + options.rates]])
+        for _ in range(MOST_GROWTHS):
+            best, tried = trainer.best_rate(), trainer.tried()
+            if best == min(tried):
                 trainer.train([(best / 2, 0), (best / 4, 0)])
-            elif best == rates[-1]:
+            elif best == max(tried):
                 trainer.train([(best * 2, 0), (best * 4, 0)])
         if method not in WITH_ONE_SEED:
             best = trainer.best_rate()
@@ -221,6 +225,7 @@ class Trainer:
         self.options = options
         self.data = read(options.data, task)
         steps = len(self.plan(0).kinds)
+        self.last = min(steps, options.most_steps or steps)
         schedule, weight_decay = linear_decay(1.0, steps), 0.0
         if self.method.is_recipe:
             schedule = LinearWarmupDecay(1.0, steps, RECIPES[task].warmup_share)
@@ -238,9 +243,7 @@ class Trainer:
     @functools.cache  # noqa: B019 (a trainer lives as long as its process works on a job)
     def plan(self, seed):
         task, train = self.task, self.data.train
-        made = plan(train.lengths, LENGTHS[task], EPOCHS[task], BATCH_SIZES[task], seed)
-        most = self.options.most_steps
-        return dataclasses.replace(made, kinds=made.kinds[:most], order=made.order[:most])
+        return plan(train.lengths, LENGTHS[task], EPOCHS[task], BATCH_SIZES[task], seed)
 
     def make(self, seed):
         """The model as it is before its first step."""
@@ -270,7 +273,7 @@ class Trainer:
             line
             for line in finished(self.options.output)
             if (line["task"], line["method"]) == (self.task, self.name)
-            and line["step"] == line["steps"] == len(self.plan(0).kinds)
+            and line["step"] == self.last
         ]
 
     def tried(self) -> set:
@@ -297,7 +300,7 @@ class Trainer:
         self.say(f"{len(lanes)} lanes, compiled in {time.time() - started:.1f} s")
         first = 0
         for share in SHARES:
-            last, started = round(share * steps), time.time()
+            last, started = round(share * self.last), time.time()
             state, logits = self.lanes.run(state, rates, plans, first, last)
             seconds = time.time() - started
             losses = np.array(state["losses"])[:, first:last].mean(axis=1)
