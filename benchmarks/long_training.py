@@ -1,7 +1,8 @@
 """Who leads after how many steps: DCFT, LoRA and full fine-tuning in long trainings.
 
     python benchmarks/long_training.py --prepare DATA --data-dir ~/tfds --squad xquad.en.json
-    python benchmarks/long_training.py --data DATA --processes 8       # needs no TensorFlow
+    python benchmarks/long_training.py --data DATA --processes 12      # needs no TensorFlow
+    python benchmarks/long_training.py --report     # docs/long_training.md and its chart
 
 The real MiniLM BERT on JAX, meant for a GPU: the trainings of one method at several learning rates,
 or with several seeds, are lanes of one program (`lanes.py`). SST-2 with 20,000 sentences for 8
@@ -40,7 +41,10 @@ from keras_dcft import LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers
 
 RESULTS = ROOT / "benchmarks" / "results" / "long_training.jsonl"
+PAGE = ROOT / "docs" / "long_training.md"
+CHART = ROOT / "docs" / "long_training.png"
 
+MEASURES = {"sst2": "accuracy", "xquad": "F1", "rte": "accuracy"}
 TASKS = ("sst2", "xquad", "rte")
 EPOCHS = {"sst2": 8, "xquad": 12, "rte": 20}
 BATCH_SIZES = {"sst2": 32, "xquad": 8, "rte": 16}
@@ -168,7 +172,10 @@ def main():
     add("--lanes", type=int, default=5, help="trainings beside each other, at least")
     add("--seconds", type=float, default=1e6, help="stop after that")
     add("--most-steps", type=int, help="stop all trainings then, to try the program")
+    add("--report", action="store_true", help="write the page and the chart")
     options = parser.parse_args()
+    if options.report:
+        return report(finished(options.output))
     if options.prepare:
         return prepare(options.prepare, options.data_dir, options.squad)
     if not options.data:
@@ -337,6 +344,109 @@ class Trainer:
 def _joined(one: Examples, other: Examples) -> Examples:
     pairs = zip(one.arrays().items(), other.arrays().values())
     return Examples(**{name: np.concatenate([x, y]) for (name, x), y in pairs})
+
+
+# --- the report ---
+
+
+def summary(lines) -> list:
+    """A row for each task and method: its scores by step at the rate chosen by validation."""
+    rows = []
+    for task in TASKS:
+        for method in METHODS:
+            # A sweep that was cut off and went on has a score twice.
+            mine = {
+                (line["learning_rate"], line["seed"], line["step"]): line
+                for line in lines
+                if (line["task"], line["method"]) == (task, method)
+            }
+            ends = [line for line in mine.values() if line["step"] == line["steps"]]
+            with_first_seed = [line for line in ends if line["seed"] == 0]
+            if with_first_seed:
+                best = max(with_first_seed, key=lambda line: line["validation"]["score"])
+                rate = best["learning_rate"]
+                seeds = [line["seed"] for line in ends if line["learning_rate"] == rate]
+                steps = sorted({step for _, _, step in mine})
+                rows.append(
+                    {
+                        "task": task,
+                        "method": method,
+                        "trainable": best["trainable_parameters"],
+                        "rate": rate,
+                        "tried": sorted(line["learning_rate"] for line in with_first_seed),
+                        "collapsed": sorted(
+                            line["learning_rate"]
+                            for line in with_first_seed
+                            if line["validation"]["predicted"] == 1
+                        ),
+                        "steps": steps,
+                        # Arrays (steps, seeds).
+                        **{
+                            part: np.array(
+                                [
+                                    [mine[rate, seed, step][part]["score"] for seed in seeds]
+                                    for step in steps
+                                ]
+                            )
+                            for part in ("validation", "reported")
+                        },
+                    }
+                )
+    return rows
+
+
+def table(rows) -> str:
+    lines = [
+        "| task | method | trainable | rate (tried) | reported after 1/8 | 1/4 | 1/2 "
+        "| all of the steps | validation | seeds |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        tried = ", ".join(
+            f"{rate:g}" + (" one class" if rate in row["collapsed"] else "")
+            for rate in row["tried"]
+        )
+        *before, last = row["reported"]
+        scores = [f"{scores.mean():.3f}" for scores in before] + [with_deviation(last)]
+        lines.append(
+            f"| {row['task']} | {row['method']} | {row['trainable']:,} | {row['rate']:g} ({tried}) "
+            f"| {' | '.join(scores)} | {with_deviation(row['validation'][-1])} | {len(last)} |"
+        )
+    return "\n".join(lines)
+
+
+def with_deviation(scores) -> str:
+    deviation = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.3f}{deviation}"
+
+
+def draw(rows):
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(6 * len(tasks), 6), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks):
+        for row in (row for row in rows if row["task"] == task and row["method"] in MAIN):
+            scores, color = row["reported"], f"C{list(MAIN).index(row['method'])}"
+            axis.plot(row["steps"], scores.mean(axis=1), "o-", label=row["method"], color=color)
+            axis.plot(row["steps"], scores, ".", color=color, alpha=0.4)
+        axis.set_xscale("log", base=2)
+        steps = sorted({step for row in rows if row["task"] == task for step in row["steps"]})
+        axis.set_xticks(steps, map(str, steps))
+        axis.set(title=task, xlabel="steps", ylabel=f"{MEASURES[task]}, reported set")
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(CHART, dpi=110)
+
+
+def report(lines):
+    from quality import fill  # which needs TensorFlow
+
+    rows = summary(lines)
+    draw(rows)
+    fill(PAGE, "long_training.py", table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":
