@@ -19,7 +19,7 @@ if keras.config.backend() != "jax":
 from lanes import Examples, Lanes, Settings, flat_values, inputs_of, plan
 from methods import linear_decay
 
-LENGTHS = (8, 12, 16)
+LENGTHS = (8, 16)
 STEPS = 20
 
 
@@ -35,7 +35,7 @@ def examples():
 
 def classifier(method, seed):
     keras.utils.set_random_seed(2)  # lanes share their base
-    backbone = keras_hub.models.BertBackbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=16)
+    backbone = keras_hub.models.BertBackbone(50, 1, 2, 16, 32, dropout=0.0, max_sequence_length=16)
     keras.utils.set_random_seed(seed)
     model = keras_hub.models.BertTextClassifier(backbone, 2, dropout=0.0)
     if method != "full":
