@@ -96,8 +96,9 @@ def expand_output_factor(factor_b, kernel_size: int, output_dim: int, padding=0)
     """
     rank, b = factor_b.shape
     d = kernel_size
-    identity = ops.eye(d + padding, d, dtype=factor_b.dtype)
-    expanded = factor_b[:, None, :, None] * identity[None, :, None, :]
+    # No `ops.eye`: OpenVINO has no rule for what that is in TensorFlow's graphs.
+    is_diagonal = ops.arange(0, d + padding)[:, None, None] == ops.arange(0, d)
+    expanded = factor_b[:, None, :, None] * ops.cast(is_diagonal, factor_b.dtype)
     expanded = ops.reshape(expanded, (rank * (d + padding), b * d))
     return expanded if b * d == output_dim else expanded[:, :output_dim]
 
