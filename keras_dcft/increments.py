@@ -15,6 +15,8 @@ product `(factor_a @ factor_b) ⊗ kernel_filter`, and it splits exactly into tw
 `dcft_increment` is the definition; `D` and `U` are what a training step uses.
 """
 
+import keras
+import numpy as np
 from keras import ops
 
 
@@ -96,9 +98,11 @@ def expand_output_factor(factor_b, kernel_size: int, output_dim: int, padding=0)
     """
     rank, b = factor_b.shape
     d = kernel_size
-    # No `ops.eye`: OpenVINO has no rule for what that is in TensorFlow's graphs.
-    is_diagonal = ops.arange(0, d + padding)[:, None, None] == ops.arange(0, d)
-    expanded = factor_b[:, None, :, None] * ops.cast(is_diagonal, factor_b.dtype)
+    if keras.config.backend() == "torch":  # which would copy an array to the device at each call
+        identity = ops.eye(d + padding, d, dtype=factor_b.dtype)
+    else:  # in graphs a constant: OpenVINO has no rule for what `ops.eye` is in TensorFlow's
+        identity = ops.convert_to_tensor(np.eye(d + padding, d), dtype=factor_b.dtype)
+    expanded = factor_b[:, None, :, None] * identity[None, :, None, :]
     expanded = ops.reshape(expanded, (rank * (d + padding), b * d))
     return expanded if b * d == output_dim else expanded[:, :output_dim]
 
