@@ -436,7 +436,10 @@ def draw(rows):
         axis.set_xticks(steps, map(str, steps))
         axis.set(title=task, xlabel="steps", ylabel=f"{MEASURES[task]}, reported set")
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
+    lines = {
+        line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]
+    }
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(CHART, dpi=110)
 
 

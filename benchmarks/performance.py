@@ -5,8 +5,8 @@ measured by hand, with what the text names.
 
     python benchmarks/performance.py
 
-Reads `training_step.json`, `profile.json`, `inference.json`, `growth.json` and `swap.jsonl` in
-`benchmarks/results/`, and draws the charts that the page shows.
+Reads the results of those benchmarks in `benchmarks/results/`, and draws the charts that the page
+shows.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import growth
 import inference
 import profile_step
+import traffic
 import training_step
 from training_step import BACKENDS, FLOOR, FULL_INCREMENT, MAIN, PEFT
 
@@ -345,11 +346,27 @@ def swap_table(swaps) -> str:
     return "\n".join(rows)
 
 
+GPU_TEXT = """Rows above from: {devices}.
+
+The limit is what the bytes and operations beyond the floor take at the device's own rates, as
+`benchmarks/traffic.py` measured them:
+
+{traffic}
+
+On PyTorch Keras runs eagerly, and each small operation that expands factors or goes back through
+them is a call and a launch: some 2 ms for each adapted layer, the same at hidden size 4096 as at
+384. So the time beyond the floor is not traffic but Python, and DCFT is slower there than Keras's
+LoRA, which has fewer calls, and than full fine-tuning; its memory is lower than both. JAX's steps
+were not measured: the run's models were made in several threads, in which Keras cannot make them.
+"""
+
+
 def gpu_note(steps) -> str:
     devices = sorted({run["device"] for run in steps if "cores of" not in run["device"]})
     if not devices:
         return "None has been at hand: there are no results yet."
-    return f"Rows above from: {', '.join(devices)}."
+    rates = json.loads(traffic.RESULTS.read_text())
+    return GPU_TEXT.format(devices=", ".join(devices), traffic=traffic.table(steps, rates))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -77,6 +78,8 @@ DCFT = {
 MAIN = "DCFT, kernel size 8, rank 1"
 FULL_INCREMENT = "DCFT 8, full increment"
 LORA = {f"Keras LoRA, rank {rank}": rank for rank in (1, 8)}
+# Keras changes classes while a model is made.
+MAKING = threading.Lock()
 METHODS = (FLOOR, *DCFT, FULL_INCREMENT, *LORA, "full fine-tuning", "head only")
 
 
@@ -256,7 +259,8 @@ def warm_step(model, method):
     import keras
 
     if keras.backend.backend() != "torch" or device_kind() == "cpu":
-        step = make_step(model, method)
+        with MAKING:
+            step = make_step(model, method)
         step()
         step()
         return step, {}
