@@ -145,6 +145,8 @@ def export_to_peft(
     folder.mkdir(exist_ok=True)
     for file, content in contents.items():
         write_atomically(folder / file, content)
+    if HEAD not in contents:  # an earlier export's
+        (folder / HEAD).unlink(missing_ok=True)
     _warn_of_ranks(config)
 
 

@@ -459,6 +459,8 @@ def test_a_head_beside(tmp_path):
     assert not model.base_model.model.load_state_dict(head, strict=False).unexpected_keys
     with torch.no_grad():
         np.testing.assert_allclose(model(**pair.theirs).logits, pair.logits(), atol=1e-4)
+    export_to_peft(pair.task, tmp_path / "lora")
+    assert not (tmp_path / "lora" / "head.safetensors").exists()
 
 
 def test_a_backbone_alone(tmp_path):
