@@ -380,37 +380,6 @@ def test_no_warning_tells_the_user_to_compile_again():
     model.fit(vectors(), np.ones((4, 9)), verbose=0)
 
 
-@pytest.mark.compiled
-def test_a_causal_language_model_generates_with_its_adapters():
-    keras_hub = pytest.importorskip("keras_hub")
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=30,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=16,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
-    model.compile(sampler="greedy")
-    prompt = {
-        "token_ids": np.array([[3, 5, 7, 0, 0, 0, 0, 0, 0, 0]]),
-        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0]]),
-    }
-
-    def generate():
-        return array(model.generate(prompt, stop_token_ids=None)["token_ids"])
-
-    before = generate()
-    enable_dcft(model, kernel_size=4)
-    np.testing.assert_array_equal(generate(), before)
-    for layer in adapted_layers(model):
-        for name in ADAPTER_VARIABLES:
-            variable = getattr(layer, name)
-            variable.assign(np.random.default_rng(1).normal(size=variable.shape))
-    assert (generate() != before).any()
-
-
 def test_a_bad_initializer_changes_nothing():
     model = sequential()
     before = [(type(x), x.trainable, len(x.weights)) for x in model.layers]
