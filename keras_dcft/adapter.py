@@ -78,13 +78,18 @@ class Adapter:
         scale = self.settings.scale
         return increments.dcft_increment(self.a, self.b, self.filter, *self.matrix_shape, scale)
 
+    @property
+    def width(self) -> int:
+        """Columns of the thin factors for each of the rank, the kernel size or more."""
+        d, rank = self.settings.kernel_size, self.settings.rank
+        is_padded = keras.config.backend() == "torch" and 1 < rank * d < TORCH_WIDTH
+        return -(-TORCH_WIDTH // rank) if is_padded else d
+
     def thin_factors(self, dtype):
-        """The increment's two thin factors, (in, width) and (width, out); width is r·d or more."""
+        """The increment's two thin factors, (in, r * width) and (r * width, out)."""
         (rows, columns), settings = self.matrix_shape, self.settings
-        d, rank = settings.kernel_size, settings.rank
-        padding = 0
-        if keras.config.backend() == "torch" and 1 < rank * d < TORCH_WIDTH:
-            padding = -(-TORCH_WIDTH // rank) - d
+        d = settings.kernel_size
+        padding = self.width - d
         a, b, kernel_filter = map(ops.convert_to_tensor, (self.a, self.b, self.filter))
         left = increments.expand_input_factor(a, kernel_filter, rows, settings.scale, padding)
         right = increments.expand_output_factor(b, d, columns, padding)

@@ -7,6 +7,11 @@ from keras_dcft import freezing, keras_internals, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES, Adapter
 from keras_dcft.settings import AdapterSettings
 
+if keras.config.backend() == "torch":
+    from keras_dcft import fused
+else:
+    fused = None
+
 # Keras's quantization modes that look at data, one layer after the other.
 CALIBRATED_MODES = ("gptq", "awq")
 
@@ -228,6 +233,11 @@ class DCFTKernel(DCFTLayer):
         return self.dcft_effective_weight()
 
     def call(self, inputs, training=None):
+        contracted_axes = self._dcft_contracted_axes
+        if fused and contracted_axes and not (self.dcft_settings.dropout and training):
+            outputs = self._dcft_fused_product(inputs, contracted_axes)
+            if outputs is not None:
+                return outputs if self.activation is None else self.activation(outputs)
         outputs = self._dcft_product(inputs, self._dcft_constant(self._kernel))
         # The bias goes first: compilers fuse it with the base product as they do in the base model,
         # which keeps the start equal to it to the last bit. On PyTorch `+=` works in place, which
@@ -246,6 +256,33 @@ class DCFTKernel(DCFTLayer):
         # Not in place, which PyTorch forbids for what custom gradients return.
         outputs = ops.add(base, self._dcft_increment_product(inputs))
         return outputs if self.activation is None else self.activation(outputs)
+
+    def _dcft_fused_product(self, inputs, contracted_axes):
+        """Base, increment and bias in one product on PyTorch; None where that is not right."""
+        if self._kernel.trainable or (self.bias is not None and self.bias.trainable):
+            return None
+        adapter = self.dcft_adapter
+        kernel, a, b, kernel_filter = map(
+            ops.convert_to_tensor, (self._kernel, *adapter.variables.values())
+        )
+        bias = None if self.bias is None else ops.reshape(self.bias, (-1,))
+        if not fused.can_multiply(inputs, kernel, bias):
+            return None
+        leading, output_sizes = (
+            inputs.shape[: inputs.ndim - contracted_axes],
+            kernel.shape[contracted_axes:],
+        )
+        outputs = fused.product(
+            inputs.reshape(-1, adapter.matrix_shape[0]),
+            kernel.reshape(adapter.matrix_shape),
+            bias,
+            a,
+            b,
+            kernel_filter,
+            adapter.settings.scale,
+            adapter.width,
+        )
+        return outputs.reshape(*leading, *output_sizes)
 
     def _dcft_rows_product(self, inputs, contracted_axes, output_sizes):
         """The product with D and U as one of matrices, for inputs that end with what is contracted.

@@ -1,0 +1,108 @@
+"""The whole product of an adapted layer on PyTorch, base and increment in one.
+
+The one exception to `keras.ops` alone, only imported on PyTorch: run eagerly, each operation of
+`keras.ops` costs some 20 microseconds, and an increment has dozens with its gradients; and autograd
+adds the gradients of the two products with a temporary of the inputs' size. Here there are seven
+operations forward and some ten backward, and sums are made in place.
+"""
+
+import torch
+from torch.nn import functional
+
+
+# Keras itself works out products of float64 in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Product(torch.autograd.Function):
+    """`inputs · kernel + bias + (inputs · D) · U`, of frozen kernel and bias, for 2-D inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs, kernel, bias, a, b, kernel_filter, scale, width):
+        left, right = _thin_factors(a, b, kernel_filter, scale, width, kernel.shape, inputs.dtype)
+        hidden = inputs @ left
+        outputs = inputs @ kernel if bias is None else torch.addmm(bias, inputs, kernel)
+        return outputs.addmm_(hidden, right), hidden, left, right
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, kernel, _, a, b, kernel_filter, ctx.scale, ctx.width = inputs
+        _, hidden, left, right = output
+        ctx.mark_non_differentiable(hidden, left, right)
+        ctx.save_for_backward(rows, kernel, a, b, kernel_filter, hidden, left, right)
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        rows, kernel, a, b, kernel_filter, hidden, left, right = ctx.saved_tensors
+        is_differentiated = torch.is_grad_enabled()
+        if is_differentiated:  # for second derivatives from what they depend on
+            left, right = _thin_factors(
+                a, b, kernel_filter, ctx.scale, ctx.width, kernel.shape, rows.dtype
+            )
+            hidden = rows @ left
+        of_hidden = gradient @ right.T
+        of_rows = of_a = of_b = of_filter = None
+        if ctx.needs_input_grad[0]:
+            of_rows = gradient @ kernel.T
+            if is_differentiated:
+                of_rows = of_rows + of_hidden @ left.T
+            else:
+                of_rows.addmm_(of_hidden, left.T)
+        (blocks, rank), d = a.shape, len(kernel_filter)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
+            of_left = (rows.T @ of_hidden).float() * ctx.scale
+            of_left = functional.pad(of_left, (0, 0, 0, blocks * d - len(of_left)))
+            of_left = of_left.reshape(blocks, d, rank, ctx.width)[..., :d]
+            of_a = torch.einsum("iupv,uv->ip", of_left, kernel_filter)
+            of_filter = torch.einsum("iupv,ip->uv", of_left, a)
+        if ctx.needs_input_grad[4]:
+            of_right = (hidden.T @ gradient).float()
+            of_right = functional.pad(of_right, (0, b.shape[1] * d - of_right.shape[1]))
+            of_right = of_right.reshape(rank, ctx.width, -1, d)
+            of_b = of_right.diagonal(dim1=1, dim2=3).sum(dim=-1)
+        return of_rows, None, None, of_a, of_b, of_filter, None, None
+
+
+def _thin_factors(a, b, kernel_filter, scale, width, shape, dtype):
+    """The increment's thin factors, (in, rank * width) and (rank * width, out)."""
+    (blocks, rank), d = a.shape, len(kernel_filter)
+    kernel_filter = functional.pad(scale * kernel_filter, (0, width - d))
+    left = a[:, None, :, None] * kernel_filter[None, :, None, :]
+    left = left.reshape(blocks * d, rank * width)[: shape[0]]
+    identity = torch.eye(width, d, dtype=b.dtype, device=b.device)
+    right = b[:, None, :, None] * identity[None, :, None, :]
+    right = right.reshape(rank * width, -1)[:, : shape[1]]
+    return left.to(dtype), right.to(dtype)
+
+
+def can_multiply(inputs, kernel, bias) -> bool:
+    """Whether these tensors may be multiplied so; otherwise the plain path is right.
+
+    Compilers fuse by themselves, and autocast chooses another dtype for each operation.
+    """
+    dtypes = {kernel.dtype, inputs.dtype} | ({bias.dtype} if bias is not None else set())
+    return (
+        len(dtypes) == 1
+        and inputs.dtype in DTYPES
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(inputs.device.type)
+    )
+
+
+def product(inputs, kernel, bias, a, b, kernel_filter, scale: float, width: int):
+    """`inputs · (kernel + increment) + bias`.
+
+    Args:
+        inputs: tensor of shape `(rows, in)`.
+        kernel: tensor of shape `(in, out)`, which gets no gradient.
+        bias: tensor of shape `(out,)`, which gets none, or None.
+        a, b, kernel_filter: the adapter's float32 tensors.
+        scale: float, `alpha / rank`.
+        width: int, columns of the thin factors for each of the rank, d or more.
+
+    Returns:
+        Tensor of shape `(rows, out)`.
+    """
+    return _Product.apply(inputs, kernel, bias, a, b, kernel_filter, scale, width)[0]
