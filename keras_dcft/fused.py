@@ -7,49 +7,56 @@ operations forward and some ten backward, and sums are made in place.
 """
 
 import torch
+from keras import ops
 from torch.nn import functional
-
 
 # Keras itself works out products of float64 in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Product(torch.autograd.Function):
-    """`inputs · kernel + bias + (inputs · D) · U`, of frozen kernel and bias, for 2-D inputs."""
+    """`inputs · kernel + bias + (inputs · D) · U`, of frozen kernel and bias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(inputs, kernel, bias, a, b, kernel_filter, scale, width):
-        left, right = _thin_factors(a, b, kernel_filter, scale, width, kernel.shape, inputs.dtype)
-        hidden = inputs @ left
-        outputs = inputs @ kernel if bias is None else torch.addmm(bias, inputs, kernel)
-        return outputs.addmm_(hidden, right), hidden, left, right
+    def forward(inputs, kernel, bias, a, b, kernel_filter, multiply, shape, scale, width):
+        left, right = _thin_factors(a, b, kernel_filter, scale, width, shape, inputs.dtype)
+        hidden = inputs.reshape(-1, shape[0]) @ left
+        # As the base layer does it, so that the start is equal to it to the last bit.
+        outputs = multiply(inputs, kernel)
+        if bias is not None:
+            outputs += bias
+        rows = outputs.reshape(-1, shape[1]).addmm_(hidden, right)
+        # No view for autograd, which would forbid callers to change the outputs in place.
+        return torch.ops.aten._unsafe_view(rows, outputs.shape), hidden, left, right
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, kernel, _, a, b, kernel_filter, ctx.scale, ctx.width = inputs
+        features, kernel, _, a, b, kernel_filter, _, ctx.shape, ctx.scale, ctx.width = inputs
         _, hidden, left, right = output
         ctx.mark_non_differentiable(hidden, left, right)
-        ctx.save_for_backward(rows, kernel, a, b, kernel_filter, hidden, left, right)
+        ctx.save_for_backward(features, kernel, a, b, kernel_filter, hidden, left, right)
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        rows, kernel, a, b, kernel_filter, hidden, left, right = ctx.saved_tensors
+        inputs, kernel, a, b, kernel_filter, hidden, left, right = ctx.saved_tensors
+        rows, gradient = inputs.reshape(-1, ctx.shape[0]), gradient.reshape(-1, ctx.shape[1])
         is_differentiated = torch.is_grad_enabled()
         if is_differentiated:  # for second derivatives from what they depend on
             left, right = _thin_factors(
-                a, b, kernel_filter, ctx.scale, ctx.width, kernel.shape, rows.dtype
+                a, b, kernel_filter, ctx.scale, ctx.width, ctx.shape, rows.dtype
             )
             hidden = rows @ left
         of_hidden = gradient @ right.T
         of_rows = of_a = of_b = of_filter = None
         if ctx.needs_input_grad[0]:
-            of_rows = gradient @ kernel.T
+            of_rows = gradient @ kernel.reshape(ctx.shape).T
             if is_differentiated:
                 of_rows = of_rows + of_hidden @ left.T
             else:
                 of_rows.addmm_(of_hidden, left.T)
+            of_rows = of_rows.reshape(inputs.shape)
         (blocks, rank), d = a.shape, len(kernel_filter)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
             of_left = (rows.T @ of_hidden).float() * ctx.scale
@@ -62,7 +69,7 @@ class _Product(torch.autograd.Function):
             of_right = functional.pad(of_right, (0, b.shape[1] * d - of_right.shape[1]))
             of_right = of_right.reshape(rank, ctx.width, -1, d)
             of_b = of_right.diagonal(dim1=1, dim2=3).sum(dim=-1)
-        return of_rows, None, None, of_a, of_b, of_filter, None, None
+        return of_rows, None, None, of_a, of_b, of_filter, None, None, None, None
 
 
 def _thin_factors(a, b, kernel_filter, scale, width, shape, dtype):
@@ -80,29 +87,32 @@ def _thin_factors(a, b, kernel_filter, scale, width, shape, dtype):
 def can_multiply(inputs, kernel, bias) -> bool:
     """Whether these tensors may be multiplied so; otherwise the plain path is right.
 
-    Compilers fuse by themselves, and autocast chooses another dtype for each operation.
+    Compilers fuse by themselves, exporters know no functions of ours, and autocast chooses another
+    dtype for each operation.
     """
     dtypes = {kernel.dtype, inputs.dtype} | ({bias.dtype} if bias is not None else set())
     return (
         len(dtypes) == 1
         and inputs.dtype in DTYPES
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled(inputs.device.type)
     )
 
 
-def product(inputs, kernel, bias, a, b, kernel_filter, scale: float, width: int):
+def product(inputs, kernel, bias, adapter, multiply):
     """`inputs · (kernel + increment) + bias`.
 
     Args:
-        inputs: tensor of shape `(rows, in)`.
-        kernel: tensor of shape `(in, out)`, which gets no gradient.
-        bias: tensor of shape `(out,)`, which gets none, or None.
-        a, b, kernel_filter: the adapter's float32 tensors.
-        scale: float, `alpha / rank`.
-        width: int, columns of the thin factors for each of the rank, d or more.
+        inputs: tensor whose last axes are contracted.
+        kernel: tensor that is a matrix but for reshaping, which gets no gradient.
+        bias: tensor of the shape of the kernel's other axes, which gets none, or None.
+        adapter: the `Adapter`.
+        multiply: function of inputs and kernel, the base layer's product.
 
     Returns:
-        Tensor of shape `(rows, out)`.
+        Tensor of the shape that `multiply` gives.
     """
-    return _Product.apply(inputs, kernel, bias, a, b, kernel_filter, scale, width)[0]
+    factors = map(ops.convert_to_tensor, adapter.variables.values())
+    settings = (multiply, adapter.matrix_shape, adapter.settings.scale, adapter.width)
+    return _Product.apply(inputs, kernel, bias, *factors, *settings)[0]

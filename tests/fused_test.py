@@ -95,8 +95,8 @@ EINSUMS = {
     "heads": ("abc,cde->abde", (None, 3, 4), (None, 5, 7), {"bias_axes": "de"}),
     "joined": ("abcd,cde->abe", (None, 6), (None, 5, 3, 4), {"bias_axes": "e"}),
     "no bias": ("abc,cd->abd", (None, 6), (None, 5, 7), {}),
-    # These take the plain path: a bias of a part, and a kernel that is no matrix in its order.
     "a part of a bias": ("abc,cde->abde", (None, 3, 4), (None, 5, 7), {"bias_axes": "e"}),
+    # A kernel that is no matrix in its order takes the plain path.
     "another order": ("btd,ndh->btnh", (None, 3, 4), (None, 5, 7), {}),
 }
 
@@ -105,8 +105,7 @@ EINSUMS = {
 def test_einsum_layers(name):
     equation, output_shape, input_shape, arguments = EINSUMS[name]
     layer = einsum(equation, output_shape, input_shape, **arguments)
-    is_fused = layer._dcft_contracted_axes is not None
-    assert is_fused == (name in ("heads", "joined", "no bias"))
+    assert layer._dcft_is_matrix == (name != "another order")
     assert_same(layer, inputs_of(2, *input_shape[1:]).requires_grad_())
 
 
@@ -115,6 +114,16 @@ def test_dtypes(dtype):
     layer = dense(dtype=dtype)
     rtol = 1e-4 if dtype == "float64" else 3e-2
     assert_same(layer, inputs_of(5, 13).to(getattr(torch, layer.compute_dtype)), rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["dense", "heads"])
+def test_outputs_may_be_changed_in_place(name):
+    layer = dense() if name == "dense" else einsum(*EINSUMS["heads"][:3], bias_axes="de")
+    inputs = inputs_of(2, 5, 13 if name == "dense" else 7)
+    outputs = layer(inputs)
+    outputs += 1
+    outputs.sum().backward()
+    assert layer.dcft_a.value.grad is not None
 
 
 def test_inputs_that_are_not_contiguous():

@@ -35,8 +35,9 @@ def test_only_public_keras_outside_of_the_one_place():
         if path.name != "keras_internals.py":
             assert "keras.src" not in source, path
             assert "_tracker" not in source, path
-        for backend in ("tensorflow", "jax", "torch"):
-            assert f"import {backend}" not in source, path
+        if path.name != "fused.py":
+            for backend in ("tensorflow", "jax", "torch"):
+                assert f"import {backend}" not in source, path
 
 
 def test_no_private_hook_of_keras_is_overridden():

@@ -233,9 +233,8 @@ class DCFTKernel(DCFTLayer):
         return self.dcft_effective_weight()
 
     def call(self, inputs, training=None):
-        contracted_axes = self._dcft_contracted_axes
-        if fused and contracted_axes and not (self.dcft_settings.dropout and training):
-            outputs = self._dcft_fused_product(inputs, contracted_axes)
+        if fused and self._dcft_is_matrix and not (self.dcft_settings.dropout and training):
+            outputs = self._dcft_fused_product(inputs)
             if outputs is not None:
                 return outputs if self.activation is None else self.activation(outputs)
         outputs = self._dcft_product(inputs, self._dcft_constant(self._kernel))
@@ -257,32 +256,15 @@ class DCFTKernel(DCFTLayer):
         outputs = ops.add(base, self._dcft_increment_product(inputs))
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _dcft_fused_product(self, inputs, contracted_axes):
+    def _dcft_fused_product(self, inputs):
         """Base, increment and bias in one product on PyTorch; None where that is not right."""
         if self._kernel.trainable or (self.bias is not None and self.bias.trainable):
             return None
-        adapter = self.dcft_adapter
-        kernel, a, b, kernel_filter = map(
-            ops.convert_to_tensor, (self._kernel, *adapter.variables.values())
-        )
-        bias = None if self.bias is None else ops.reshape(self.bias, (-1,))
+        kernel = ops.convert_to_tensor(self._kernel)
+        bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
         if not fused.can_multiply(inputs, kernel, bias):
             return None
-        leading, output_sizes = (
-            inputs.shape[: inputs.ndim - contracted_axes],
-            kernel.shape[contracted_axes:],
-        )
-        outputs = fused.product(
-            inputs.reshape(-1, adapter.matrix_shape[0]),
-            kernel.reshape(adapter.matrix_shape),
-            bias,
-            a,
-            b,
-            kernel_filter,
-            adapter.settings.scale,
-            adapter.width,
-        )
-        return outputs.reshape(*leading, *output_sizes)
+        return fused.product(inputs, kernel, bias, self.dcft_adapter, self._dcft_product)
 
     def _dcft_rows_product(self, inputs, contracted_axes, output_sizes):
         """The product with D and U as one of matrices, for inputs that end with what is contracted.

@@ -77,8 +77,8 @@ class DCFTDense(DCFTKernel, keras.layers.Dense):
         # Not the kernel's: int4 kernels are packed, calibrated ones transposed.
         return (layer.input_spec.axes[-1], layer.units)
 
-    # How many axes of inputs and kernel are contracted, where both are matrices but for reshaping.
-    _dcft_contracted_axes = 1
+    # Whether kernel and outputs are matrices but for reshaping.
+    _dcft_is_matrix = True
 
     def _dcft_product(self, inputs, kernel):
         return ops.matmul(inputs, kernel)

@@ -85,13 +85,9 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
         return ops.transpose(tensor, [order.index(c) for c in axes.kernel])
 
     @property
-    def _dcft_contracted_axes(self):
+    def _dcft_is_matrix(self):
         axes = einsum_axes(self.equation)
-        contracted = len(axes.contracted)
-        is_matrix = axes.is_rows_product and axes.kernel == axes.contracted + axes.outputs
-        if self.bias is not None:
-            is_matrix = is_matrix and self.bias.shape == self._kernel.shape[contracted:]
-        return contracted if is_matrix else None
+        return axes.is_rows_product and axes.kernel == axes.contracted + axes.outputs
 
     def _dcft_product(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
