@@ -332,7 +332,7 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
     Example:
         >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
         >>> model = convert_to_lora(enable_dcft(model, kernel_size=4))
-        >>> model.layers[0].lora_kernel_a.shape
+        >>> tuple(model.layers[0].lora_kernel_a.shape)
         (32, 4)
     """
     with selection.calls.changing():
