@@ -36,7 +36,7 @@ def one_process(what):
         for rows in np.split(order, len(labels) // BATCH_SIZE):
             batch = {name: value[rows] for name, value in inputs.items()}
             model.reset_metrics()
-            step = keras.Model.train_on_batch(model, batch, labels[rows], return_dict=True)
+            step = model.train_on_batch(batch, labels[rows], return_dict=True)
             losses.append(float(step["loss"]))
     return model, inputs, losses
 
