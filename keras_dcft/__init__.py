@@ -20,6 +20,7 @@ from keras_dcft.verbs import (
     enable_dcft,
     merge_dcft,
     remove_dcft,
+    shard_adapters,
 )
 
 __version__ = "0.1.0"
@@ -48,5 +49,6 @@ __all__ = [
     "read_dcft_notes",
     "remove_dcft",
     "save_dcft_weights",
+    "shard_adapters",
     "write_model_card",
 ]

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_dcft import increments
+from keras_dcft import increments, layouts
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.settings import AdapterSettings, fresh
 
@@ -55,11 +55,12 @@ class Adapter:
                 autocast=False,
             )
 
-        self.a = variable("dcft_a", (a, settings.rank), settings.factor_initializer, "columns")
-        self.b = variable("dcft_b", (settings.rank, b), settings.factor_initializer, "rows")
         square = (settings.kernel_size, settings.kernel_size)
-        self.filter = variable("dcft_filter", square, settings.filter_initializer)
-        self.seed = keras.random.SeedGenerator() if settings.dropout else None
+        with layouts.adapter_scope(host, host.dcft_frozen_weight(), ADAPTER_VARIABLES):
+            self.a = variable("dcft_a", (a, settings.rank), settings.factor_initializer, "columns")
+            self.b = variable("dcft_b", (settings.rank, b), settings.factor_initializer, "rows")
+            self.filter = variable("dcft_filter", square, settings.filter_initializer)
+            self.seed = keras.random.SeedGenerator() if settings.dropout else None
 
     @property
     def variables(self) -> dict:
@@ -72,11 +73,6 @@ class Adapter:
         return increments.parameter_count(
             *self.matrix_shape, self.settings.kernel_size, self.settings.rank
         )
-
-    def increment(self):
-        """The increment by its definition (paper, equation 5), a float32 tensor (in, out)."""
-        scale = self.settings.scale
-        return increments.dcft_increment(self.a, self.b, self.filter, *self.matrix_shape, scale)
 
     @property
     def width(self) -> int:

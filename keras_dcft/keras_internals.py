@@ -173,6 +173,30 @@ def set_trainable_flag(layer, value: bool):
     layer._trainable = value
 
 
+def layout_of(variable):
+    """How `keras.distribution` has a variable lie on devices; None for one made without it.
+
+    Keras keeps it with the variable and asks nobody again, but has no public name for it.
+    """
+    return getattr(variable, "_layout", None)
+
+
+def set_layout(variable, layout):
+    """Has a variable lie on devices in another way from now on; Keras decides it once for all."""
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+def layouts_by_pattern(distribution) -> dict:
+    """The layouts of a `ModelParallel` distribution by their patterns; none of any other.
+
+    It has its map to itself, and tells in public only what a path gets, be it by an entry for this
+    very path or by a pattern, or an error where two match.
+    """
+    layout_map = getattr(distribution, "_layout_map", None)
+    return {} if layout_map is None else {key: layout_map[key] for key in layout_map}
+
+
 def is_traced(variable) -> bool:
     """Whether a function is being traced right now, in which `assign` would mean something else."""
     if keras.config.backend() == "torch":

@@ -18,7 +18,7 @@ from keras_dcft.models import (
     release_all,
 )
 from keras_dcft.paths import listed, with_itself
-from keras_dcft.reclassing import from_matrix, matrix_shape_of, weight_of
+from keras_dcft.reclassing import increment_of, weight_of
 from keras_dcft.settings import shortened
 
 
@@ -198,9 +198,8 @@ def merge(model, weights: dict, holders):
                 _add(variable, sum(w * (ops.cast(value, "float32") - base) for w, value in changes))
         adapting = [(w, share) for w, share in weighted if shares.has_values(share)]
         if adapting:
-            shape = matrix_shape_of(layer)
-            increment = sum(weight * share.increment(shape) for weight, share in adapting)
-            _add(weight_of(layer), from_matrix(layer, increment))
+            found = (w * increment_of(layer, s.factors, s.settings.scale) for w, s in adapting)
+            _add(weight_of(layer), sum(found))
 
 
 def _add(variable, change):

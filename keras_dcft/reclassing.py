@@ -89,9 +89,9 @@ def weight_shape_of(layer) -> tuple:
     return DCFT_CLASSES[base].dcft_weight_shape_of(layer)
 
 
-def from_matrix(layer, matrix):
-    """What is given as a matrix in the shape of a layer's weight."""
-    return dcft_class(type(layer)).dcft_from_matrix(layer, matrix)
+def increment_of(layer, factors, scale):
+    """An increment in the shape of a layer's weight, see `DCFTLayer.dcft_increment_of`."""
+    return dcft_class(type(layer)).dcft_increment_of(layer, factors, scale)
 
 
 def matrix_shape_of(layer) -> tuple[int, int]:

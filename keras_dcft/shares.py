@@ -42,10 +42,10 @@ class Share:
         is_alike = (own and own.numbers()) == (self.settings and self.settings.numbers())
         return is_alike and layer._dcft_before.is_trained == self.is_trained
 
-    def increment(self, matrix_shape):
-        """The weight's increment as a matrix, by its definition."""
-        factors = (self.values[name] for name in ADAPTER_VARIABLES)
-        return increments.dcft_increment(*factors, *matrix_shape, self.settings.scale)
+    @property
+    def factors(self) -> list:
+        """A, B and the filter."""
+        return [self.values[name] for name in ADAPTER_VARIABLES]
 
 
 def active_name(layer) -> str | None:

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_dcft import freezing, keras_internals, lora, named, selection, shares
+from keras_dcft import freezing, keras_internals, layouts, lora, named, selection, shares
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.models import (
@@ -353,6 +353,62 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
             lora.convert(model, factors, holders)
             _reset(holders)
     return model
+
+
+def shard_adapters(
+    layout_map: keras.distribution.LayoutMap, model: keras.Model
+) -> keras.distribution.LayoutMap:
+    """Has the active adapter's factors lie on the devices of a mesh as their layers' weights do.
+
+    Without it each device has all adapters, whatever patterns the map has. With it the rows of A
+    lie as the weight's input axis and the columns of B as its output axis; a factor whose rows or
+    columns cannot be divided so stays whole on every device, the filter in any case. It computes
+    the same. The map gets an entry for the path of each factor, so that what is loaded or activated
+    later under a distribution with this map lies so, too. The optimizer starts afresh.
+
+    Args:
+        layout_map: the map that the model was made with, in the scope of a
+            `keras.distribution.ModelParallel`.
+        model: an adapted model.
+
+    Returns:
+        The map.
+
+    Raises:
+        TypeError, ValueError: if `layout_map` is no map or the model was not made with its mesh, if
+            `model` is no Keras model or has no DCFT layers, or inside `dcft_disabled`. Map and
+            model are unchanged then.
+        RuntimeError: inside a prediction of an adapted model.
+    """
+    if not isinstance(layout_map, keras.distribution.LayoutMap):
+        raise TypeError(
+            "`layout_map` must be a `keras.distribution.LayoutMap`. "
+            f"Received: layout_map={shortened(repr(layout_map))}"
+        )
+    with selection.calls.changing():
+        layers = _own_dcft_layers(model)
+        chosen = {}
+        for path, layer in layers.items():
+            weight_layout = layouts.layout_of(layer.dcft_frozen_weight())
+            mesh = weight_layout and weight_layout.device_mesh
+            if mesh is None or mesh is not layout_map.device_mesh:
+                raise ValueError(
+                    "`layout_map` must have the mesh that the model was made with, in the scope of "
+                    "a `keras.distribution.ModelParallel`. "
+                    f"Received: model '{model.name}' with '{path}' on the mesh {mesh}."
+                )
+            axes = layer.dcft_axes_of(layer)
+            of_layer = layouts.factor_layouts(layer.dcft_adapter, axes, weight_layout)
+            for name, layout in of_layer.items():
+                chosen[id(layer.dcft_adapter), name] = layer.dcft_adapter.variables[name], layout
+        holders = _holders(model, layers.values())
+        for variable, layout in chosen.values():
+            if variable.path in list(layout_map):
+                del layout_map[variable.path]
+            layout_map[variable.path] = layout
+            keras_internals.set_layout(variable, layout)
+        _reset(holders)
+    return layout_map
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_dcft import freezing, keras_internals, selection, shares
+from keras_dcft import freezing, increments, keras_internals, layouts, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES, Adapter
 from keras_dcft.settings import AdapterSettings
 
@@ -41,6 +41,32 @@ class DCFTLayer:
     def dcft_from_matrix(layer, matrix):
         """What is given as a matrix in the shape of a layer's weight."""
         return matrix
+
+    @staticmethod
+    def dcft_axes_of(layer) -> tuple[str, str, str]:
+        """A letter for each axis of a layer's weight: the contracted ones, the others, all."""
+        return "i", "o", "io"
+
+    @classmethod
+    def dcft_increment_of(cls, layer, factors, scale):
+        """An increment of a layer's weight, a float32 tensor of its shape.
+
+        Computed by the definition, `keras.ops.conv_transpose`, or where the weight lies in parts on
+        several devices as the product of the thin factors, which gives each device its part.
+
+        Args:
+            layer: an adapted layer or one of the base class.
+            factors: A, B and the filter.
+            scale: float, `alpha / r`.
+        """
+        shape = cls.dcft_weight_shape_of(layer)
+        layout = layouts.sharded_layout_of(cls.dcft_weight_of(layer), len(shape))
+        if layout is not None:
+            axes = cls.dcft_axes_of(layer)
+            return layouts.sharded_increment(factors, scale, shape, axes, layout)
+        matrix_shape = cls.dcft_matrix_shape_of(layer)
+        matrix = increments.dcft_increment(*factors, *matrix_shape, scale)
+        return cls.dcft_from_matrix(layer, matrix)
 
     @staticmethod
     def dcft_own_settings(settings: AdapterSettings) -> AdapterSettings:
@@ -106,9 +132,11 @@ class DCFTLayer:
     def dcft_increment(self):
         """The weight increment, a float32 tensor of the kernel's shape (paper, equation 5).
 
-        Computed by the definition, `keras.ops.conv_transpose`.
+        Computed by the definition, `keras.ops.conv_transpose`. Where `keras.distribution` has the
+        kernel in parts on several devices, each works out its own part, by the thin factors.
         """
-        return self.dcft_from_matrix(self, self.dcft_adapter.increment())
+        factors = self.dcft_adapter.variables.values()
+        return self.dcft_increment_of(self, factors, self.dcft_adapter.settings.scale)
 
     def dcft_frozen_weight(self):
         """The base layer's own weight, the variable."""

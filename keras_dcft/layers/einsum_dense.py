@@ -77,6 +77,11 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
         return math.prod(contracted), math.prod(outputs)
 
     @staticmethod
+    def dcft_axes_of(layer) -> tuple[str, str, str]:
+        axes = einsum_axes(layer.equation)
+        return axes.contracted, axes.outputs, axes.kernel
+
+    @staticmethod
     def dcft_from_matrix(layer, matrix):
         axes = einsum_axes(layer.equation)
         contracted, outputs = axes.sizes(DCFTEinsumDense.dcft_weight_shape_of(layer))
