@@ -66,7 +66,8 @@ def save_dcft_weights(
     is trainable at the time, such as layers around an adapted backbone; no base weights. (Where
     `model.trainable` is False as a whole, that says nothing about the layers around the adapted
     model: all of them are written.) The file is written beside its place and renamed, so that
-    whatever happens the old file or the new one is there.
+    whatever happens the old file or the new one is there. Where several processes train one model,
+    on JAX, each has to make the call, and the first writes the file.
 
     Args:
         model: a model adapted with `enable_dcft`.
@@ -88,7 +89,7 @@ def save_dcft_weights(
         True
     """
     path = checked_path(path)
-    if not path.parent.is_dir():
+    if keras_internals.is_first_process() and not path.parent.is_dir():
         raise FileNotFoundError(f"Make the folder first. Received: path={str(path)!r}")
     required_dcft_layers(model)
     with selection.calls.changing(also_inside=True):
@@ -396,7 +397,9 @@ def _checksum(tensors, metadata) -> str:
 
 
 def write_atomically(path: Path, content: bytes):
-    """Writes a file beside its place and renames it."""
+    """Writes a file beside its place and renames it; the first of several processes does it."""
+    if not keras_internals.is_first_process():
+        return
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -28,7 +28,7 @@ def fingerprint(layer) -> list:
     for name in ("bias", "activation"):
         vars(view)[name] = None
     outputs = view(_inputs(layer))  # by `__call__`, which casts the weights in mixed precision
-    outputs = ops.convert_to_numpy(ops.cast(outputs, "float32")).astype("float64")
+    outputs = keras_internals.as_array(ops.cast(outputs, "float32")).astype("float64")
     if issubclass(base, keras.layers.Embedding):
         outputs = _signs(1, len(outputs)) @ outputs
     outputs = outputs.ravel()

@@ -9,7 +9,6 @@ import functools
 import weakref
 
 import numpy as np
-from keras import ops
 
 from keras_dcft import keras_internals
 
@@ -21,7 +20,7 @@ SHARE = "dcft_share_"
 def keep_base(variable):
     """Remembers a variable's value as the base model's, if none is remembered yet."""
     if base_value(variable) is None:
-        set_base(variable, ops.convert_to_numpy(variable).copy())
+        set_base(variable, keras_internals.as_array(variable))
 
 
 def set_base(variable, value):
@@ -208,5 +207,5 @@ def take_base_values(layer, store):
             name = f"{BASE}{number}"
             is_stored = name in store.keys()  # noqa: SIM118 (no dict)
             set_base(
-                variable, np.array(store[name] if is_stored else ops.convert_to_numpy(variable))
+                variable, np.array(store[name]) if is_stored else keras_internals.as_array(variable)
             )

@@ -11,6 +11,7 @@ import itertools
 
 import keras
 from keras import ops
+from keras.src.backend import distribution_lib
 from keras.src.backend.common import global_state, masking, stateless_scope
 from keras.src.trainers import compile_utils
 from keras.src.utils import naming, tracking
@@ -197,6 +198,30 @@ def layouts_by_pattern(distribution) -> dict:
     return {} if layout_map is None else {key: layout_map[key] for key in layout_map}
 
 
+def as_array(value):
+    """A variable or tensor as a NumPy array, wherever it lies, for this process to keep.
+
+    What lies in parts on several devices is read part by part and is never whole on one. Of what
+    other processes have parts of, JAX alone has such, `ops.convert_to_numpy` is an error; that is
+    made whole on all devices first, so each process has to call this.
+    """
+    tensor = ops.convert_to_tensor(value)
+    if not getattr(tensor, "is_fully_addressable", True) and not tensor.is_fully_replicated:
+        sharding = tensor.sharding
+        whole = type(sharding)(sharding.mesh, type(sharding.spec)())
+        tensor = keras.distribution.distribute_tensor(tensor, whole)
+    return ops.convert_to_numpy(tensor).copy()
+
+
+def is_first_process() -> bool:
+    """Whether this is the process, of those that JAX may have made one cluster, to write files.
+
+    A `keras.distribution` object knows it, but keeps it to itself; the backend tells without one.
+    """
+    process_id = getattr(distribution_lib, "process_id", None)
+    return process_id is None or process_id() == 0
+
+
 def is_traced(variable) -> bool:
     """Whether a function is being traced right now, in which `assign` would mean something else."""
     if keras.config.backend() == "torch":
@@ -261,7 +286,7 @@ def exchange_value(variable, value):
         kept = variable._value
         variable._value = ops.convert_to_tensor(value, dtype=variable.dtype)
         return kept
-    kept = ops.convert_to_numpy(variable).copy()
+    kept = as_array(variable)
     variable.assign(value)
     return kept
 

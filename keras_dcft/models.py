@@ -16,7 +16,6 @@ import functools
 
 import h5py  # Keras's own files are read with it
 import keras
-from keras import ops
 
 from keras_dcft import freezing, keras_internals, selection, shares
 from keras_dcft.freezing import Before, is_touched
@@ -129,7 +128,7 @@ class AdaptedModel(Touched):
             raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
         trained = [(v, selection.trained_value(v)) for v in self.variables]
         before = [
-            (v, ops.convert_to_numpy(value).copy(), freezing.base_value(v)) for v, value in trained
+            (v, keras_internals.as_array(value), freezing.base_value(v)) for v, value in trained
         ]
         waiting = [
             (share, dict(share.values))

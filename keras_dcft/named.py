@@ -159,7 +159,7 @@ def check_finite(model, names):
             own = enumerate(shares.own_variables(layer, name))
             trained = {str(n): v for n, v in own if shares.is_changed_by(v)}
             for key, value in {**shares.adapter_values(layer, name), **trained}.items():
-                if not np.isfinite(ops.convert_to_numpy(value.value)).all():
+                if not np.isfinite(keras_internals.as_array(value.value)).all():
                     raise ValueError(
                         "Load an adapter that did not diverge, or remove this one: its values must "
                         f"be finite. Received: NaN or infinity in '{path}/{key}'."

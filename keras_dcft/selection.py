@@ -37,7 +37,7 @@ def as_array(variable) -> np.ndarray:
     # NumPy has no bfloat16; float32 holds each of its values exactly.
     is_low = "bfloat16" in str(variable.dtype)
     return np.ascontiguousarray(
-        keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32") if is_low else variable)
+        keras_internals.as_array(keras.ops.cast(variable, "float32") if is_low else variable)
     )
 
 

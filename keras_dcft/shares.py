@@ -313,7 +313,7 @@ def own_weights(layer) -> list:
 
 
 def _copied(variable):
-    return ops.convert_to_numpy(variable).copy()
+    return keras_internals.as_array(variable)
 
 
 def written(layer) -> dict:

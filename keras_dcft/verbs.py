@@ -379,6 +379,11 @@ def shard_adapters(
             `model` is no Keras model or has no DCFT layers, or inside `dcft_disabled`. Map and
             model are unchanged then.
         RuntimeError: inside a prediction of an adapted model.
+
+    Example:
+        >>> with keras.distribution.ModelParallel(layout_map=layout_map).scope():  # doctest: +SKIP
+        ...     model = keras_hub.models.GemmaCausalLM.from_preset("gemma2_27b_en")
+        ...     shard_adapters(layout_map, enable_dcft(model))
     """
     if not isinstance(layout_map, keras.distribution.LayoutMap):
         raise TypeError(

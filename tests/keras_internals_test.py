@@ -298,3 +298,29 @@ def test_an_optimizer_begins_anew(make):
         model.optimizer.learning_rate.path
     ]
     assert float(model.optimizer.learning_rate) == 0.25
+
+
+def test_how_a_variable_lies_is_kept_with_it():
+    if keras.backend.backend() != "jax":
+        assert keras_internals.layout_of(built(keras.layers.Dense(4)).kernel) is None
+        return
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), devices=["cpu:0"])
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map[".*kernel"] = (None, "model")
+    distribution = keras.distribution.ModelParallel(layout_map=layout_map)
+    with distribution.scope():
+        kernel = built(keras.layers.Dense(4)).kernel
+    layout = keras_internals.layout_of(kernel)
+    assert layout.axes == (None, "model")
+    assert kernel.value.sharding.spec == (None, "model")
+    assert keras_internals.layouts_by_pattern(distribution) == {".*kernel": layout}
+    other = keras.distribution.TensorLayout(("batch", None), mesh)
+    keras_internals.set_layout(kernel, other)
+    assert kernel.value.sharding.spec == ("batch", None)
+    kernel.assign(np.ones(kernel.shape))
+    assert kernel.value.sharding.spec == ("batch", None)
+
+
+def test_without_a_cluster_every_process_is_the_first():
+    assert keras_internals.is_first_process()
+    assert keras_internals.layouts_by_pattern(None) == {}

@@ -1,4 +1,4 @@
-"""What tests/mesh_test.py runs in processes of its own: everything on one mesh of 8 CPU devices.
+"""What tests/mesh_test.py runs in processes of their own: everything on one mesh of 8 devices.
 
 Arguments: a folder, and the mesh's shape, such as `2x4`. Each check is done beside the same on one
 device of the same process. Prints what was found as JSON: differences as numbers, else as bools.
@@ -6,14 +6,9 @@ device of the same process. Prints what was found as JSON: differences as number
 
 import contextlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 
 import jax
 import keras
