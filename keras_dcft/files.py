@@ -36,7 +36,7 @@ from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.increments import subspace_shape
 from keras_dcft.layers.base import DCFTLayer
 from keras_dcft.models import adapter_names, config_of, the_name
-from keras_dcft.named import add, checked_name
+from keras_dcft.named import add, checked_name, drop, is_active
 from keras_dcft.paths import (
     checked_model,
     dcft_layers,
@@ -190,6 +190,13 @@ def load_content(model, name, path, tensors, metadata):
         else:
             adapt_and_reset(model, place.part, {**config, "active": name})
         variables = place.variables(also=tensors)
+    if names and (name not in names or not is_active(model, name)):
+        try:
+            _check_common(path, tensors, variables, place, name)
+        except ValueError:
+            if name not in names:
+                drop(model, name, list)
+            raise
     # What another file had trained is the base's again.
     for layer in place.outer.values():
         if name in shares.names_of(layer):
@@ -215,6 +222,25 @@ def check_file(path, tensors, metadata, place, shapes, optional=()):
     _check_architecture(path, json.loads(metadata["architecture"]), place.layers, config)
     _check_tensors(path, tensors, {**place.adapter_shapes(), **shapes}, optional)
     _warn_of_another_base(path, json.loads(metadata.get("fingerprints", "{}")), place.fingerprints)
+
+
+def _check_common(path, tensors, variables, place, name):
+    """Raises ValueError where the file of a waiting adapter would change what others compute."""
+    changed = []
+    for key, variable in variables.items():
+        kind, _, rest = key.partition("/")
+        layer = place.outer.get(rest.rpartition("/")[0])
+        is_own = kind == "adapter" or name in shares.names_of(layer)
+        if is_own or key not in tensors:
+            continue
+        if not np.array_equal(tensors[key], selection.as_array(variable)):
+            changed.append(rest)
+    if changed:
+        raise ValueError(
+            f"{path}: load it into a model that was adapted with all that the file trains, a task "
+            "instead of its backbone, say. The model has one set of values for all its adapters of "
+            f"{joined(map(repr, changed))}; the file has others."
+        )
 
 
 def place_for(model, metadata):

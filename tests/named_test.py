@@ -236,6 +236,40 @@ def test_several_parts_have_their_own():
     np.testing.assert_array_equal(predict(loaded, vectors()), expected)
 
 
+@pytest.mark.parametrize("kind", ["task", "functional_around_backbone"])
+def test_a_file_with_a_head_for_a_waiting_adapter_does_not_change_that_of_all(kind, tmp_path):
+    path, own = tmp_path / "other.dcft.safetensors", tmp_path / "own.dcft.safetensors"
+    make, inputs = MODELS[kind][0], MODELS[kind][1]()
+
+    def adapted():
+        keras.utils.set_random_seed(0)
+        model = make()
+        [backbone] = (layer for layer in model.layers if "bert_backbone" in layer.name)
+        return model, enable_dcft(backbone, kernel_size=4)
+
+    other, _ = adapted()
+    change(other, 1)
+    save_dcft_weights(other, path)
+
+    model, backbone = adapted()
+    change(model, 2)
+    save_dcft_weights(model, own)
+    expected = predict(model, inputs)
+    with pytest.raises(ValueError, match="one set of values for all its adapters"):
+        load_dcft_weights(model, path, name="other")
+    assert list(backbone.dcft_adapters) == ["default"]
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+
+    # The head that the model has makes no difference, and so is no hindrance.
+    load_dcft_weights(model, own, name="same")
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+    with pytest.raises(ValueError, match="one set of values for all its adapters"):
+        load_dcft_weights(model, path, name="same")
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+    load_dcft_weights(model, path, name="default")  # into what computes
+    np.testing.assert_allclose(predict(model, inputs), predict(other, inputs), atol=1e-5)
+
+
 class Counted(keras.layers.Layer):
     """Counts how often it is called, in compiled functions how often they are traced."""
 
