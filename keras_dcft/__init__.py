@@ -3,12 +3,13 @@
 from keras_dcft.bank import AdapterBank
 from keras_dcft.budgets import dcft_parameter_table, kernel_size_for_budget
 from keras_dcft.callbacks import DCFTCheckpoint
-from keras_dcft.cards import write_model_card
+from keras_dcft.file_cards import write_model_card
 from keras_dcft.files import load_dcft_weights, read_dcft_notes, save_dcft_weights
 from keras_dcft.layers.dense import DCFTDense
 from keras_dcft.layers.einsum_dense import DCFTEinsumDense
 from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
-from keras_dcft.peft_folders import export_to_peft, import_from_peft
+from keras_dcft.peft_export import export_to_peft
+from keras_dcft.peft_import import import_from_peft
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
 from keras_dcft.schedules import LinearWarmupDecay

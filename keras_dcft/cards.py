@@ -11,85 +11,15 @@ import urllib.parse
 from collections import Counter
 from pathlib import Path
 
-import keras
-
 from keras_dcft import shares
-from keras_dcft.models import adapter_names, config_of, the_name
-from keras_dcft.paths import joined, required_dcft_layers, with_itself
+from keras_dcft.models import adapter_names, config_of
+from keras_dcft.paths import joined, with_itself
 from keras_dcft.settings import AdapterSettings, shortened
+from keras_dcft.writing import write_atomically
 
 README = "README.md"
 PAPER = "https://arxiv.org/abs/2503.01419"
 HUB_MODEL = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)")
-
-CODE_FOR_A_FILE = """\
-from keras_dcft import load_dcft_weights
-
-model = ...  # the base: a {cls} as it was before it was adapted
-load_dcft_weights(model, "{file}")"""
-
-
-def write_model_card(
-    model: keras.Model,
-    path,
-    *,
-    name: str | None = None,
-    base: str | None = None,
-    metrics: dict | str | None = None,
-    data: dict | str | None = None,
-) -> Path:
-    """Writes what there is to say of an adapter into the `README.md` beside its file.
-
-    That is the method, the settings, how many numbers it trains, how to load it, and what is
-    passed in. It is a section between two comments, for each adapter file of the folder one. An
-    existing `README.md` keeps everything else, and a second call for the file replaces the section.
-    Above stands front matter for Hugging Face's hub; keys that are there already are left alone,
-    but for `base_model` where `base` is given.
-
-    `task.save_to_preset(folder)` writes such a card itself and takes the same three keywords.
-
-    Args:
-        model: the model that the file was saved from, adapted.
-        path: str or path of an adapter file that is there.
-        name: str, the adapter, where the model has several.
-        base: str, what was adapted. A model of Hugging Face's hub, such as
-            `"keras/bert_base_en"`, is linked and becomes the card's `base_model`.
-        metrics: dict, shown as a table, or str.
-        data: dict or str, what it was trained and measured on, likewise.
-
-    Returns:
-        The path of the card.
-
-    Raises:
-        FileNotFoundError: if there is no file at `path`.
-        TypeError: if an argument is of another type.
-        ValueError: if the model is not adapted or has several adapters and none of this name, or
-            if one of the section's two comments is missing in the `README.md`.
-
-    Example:
-        >>> import tempfile
-        >>> path = tempfile.mkdtemp() + "/my.dcft.safetensors"
-        >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])
-        >>> save_dcft_weights(enable_dcft(model), path)
-        >>> card = write_model_card(model, path, metrics={"accuracy": 0.9})
-        >>> "| accuracy | 0.9 |" in card.read_text()
-        True
-    """
-    required_dcft_layers(model)
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Write the adapter first, with `save_dcft_weights`. Received: path={str(path)!r}"
-        )
-    cls = getattr(model, "dcft_base_class", type(model)).__name__
-    code = CODE_FOR_A_FILE.format(cls=cls, file=path.name)
-    section = _section(model, [the_name(model, name)], code, base, metrics, data)
-    front = {"library_name": "keras_dcft", **_front(base)}
-    if "base_model" in front:
-        front["base_model_relation"] = "adapter"
-    readme = path.parent / README
-    _write(readme, _updated(readme, path.name, section, front))
-    return readme
 
 
 @contextlib.contextmanager
@@ -103,36 +33,58 @@ def preset_card(model, folder, code, *, base=None, metrics=None, data=None):
         base, metrics, data: as for `write_model_card`.
     """
     readme = Path(folder) / README
-    section = _section(model, adapter_names(model), code, base, metrics, data)
-    content = _updated(readme, "preset", section, {"library_name": "keras-hub", **_front(base)})
+    facts = {name: _facts_of(model, name) for name in adapter_names(model)}
+    content = updated(readme, "preset", facts, code, "keras-hub", base, metrics, data)
     before = readme.read_bytes() if readme.exists() else None
     try:
         yield
-        _write(readme, content)
+        write_atomically(readme, content)
     except BaseException:
         # A task's backbone may have written its own by now.
         if before is None:
             readme.unlink(missing_ok=True)
         else:
-            readme.write_bytes(before)
+            write_atomically(readme, before)
         raise
 
 
-def _section(model, names, code, base, metrics, data) -> str:
-    if base is not None and not isinstance(base, str):
-        raise TypeError(f"`base` must be a str. Received: base={shortened(repr(base))}")
+def updated(readme, key, facts, code, library, base=None, metrics=None, data=None) -> bytes:
+    """What a card is to be with a section about adapters, instead of the one of the same key.
+
+    Args:
+        readme: the card's path; there may be none yet.
+        key: str, what the section is about.
+        facts: dict of adapters by name to dicts of what there is to say of each.
+        code: str, Python that loads it.
+        library: str, which loads it.
+        base, metrics, data: as for `write_model_card`.
+    """
+    section = _section(facts, code, base, metrics, data)
+    model_id = _hub_model(base)
+    front = {"library_name": library, "tags": "\n- dcft\n- keras"}
+    if model_id:
+        front["base_model"] = model_id
+        if library == "keras_dcft":
+            front["base_model_relation"] = "adapter"
+    # In bytes: a file that came with other line ends keeps them.
+    text = readme.read_bytes().decode("utf-8-sig") if readme.exists() else ""
+    text = text or f"# {readme.resolve().parent.name}\n"
+    return _with_front(_with_section(readme, text, key, section), front).encode()
+
+
+def _section(facts, code, base, metrics, data) -> str:
+    first = next(iter(facts.values()))
+    rows = [(fact, *(column[fact] for column in facts.values())) for fact in first]
     parts = [
         "## Adapter",
         f"Fine-tuned with [DCFT]({PAPER}), deconvolution in a subspace, by `keras_dcft`: the "
         "base's weights are frozen, and each adapted weight has an increment that is learned in a "
         "subspace and brought to full size by a transposed convolution.",
-        _table(
-            ["", *(f"`{name}`" if len(names) > 1 else "" for name in names)], _rows(model, names)
-        ),
+        _table(["", *(f"`{name}`" if len(facts) > 1 else "" for name in facts)], rows),
     ]
     if base is not None:
-        model_id = HUB_MODEL.fullmatch(base)
-        link = model_id and f"[{model_id[1]}](https://huggingface.co/{model_id[1]})"
+        model_id = _hub_model(base)
+        link = model_id and f"[{model_id}](https://huggingface.co/{model_id})"
         parts.append(f"Base: {link or base}")
     for title, argument, value in (("Results", "metrics", metrics), ("Data", "data", data)):
         if isinstance(value, dict):
@@ -149,24 +101,38 @@ def _section(model, names, code, base, metrics, data) -> str:
     return "\n\n".join([*parts, "### Use", f"```python\n{code}\n```"])
 
 
-def _rows(model, names) -> list:
-    """What there is to say of a model's adapters, a row for each thing."""
-    columns = [_facts(model, name) for name in names]
-    return [(fact, *(column[fact] for column in columns)) for fact in columns[0]]
-
-
-def _facts(model, name) -> dict:
-    layers, config = with_itself(model), config_of(model, name)
+def _facts_of(model, name) -> dict:
+    """What there is to say of a model's adapter."""
+    layers = with_itself(model)
     base = shares.base_weights(model)
-    trained = {path: shares.trained_beside(layer, name) for path, layer in layers.items()}
+    trained = {path: _trained_beside(layer, name) for path, layer in layers.items()}
     trained = {path: found for path, found in trained.items() if found}
     values = (shares.adapter_values(layer, name).values() for layer in layers.values())
-    adapters = sum(map(shares.size, values))
     beside = shares.size(base[weight] for weight in set(itertools.chain(*trained.values())))
-    total, trainable = shares.size(base.values()), adapters + beside
-    share = f"{100 * trainable / total:.3g} % of the model's {total:,}"
+    adapters = sum(map(shares.size, values))
+    return facts_of(config_of(model, name), trained, adapters, beside, shares.size(base.values()))
+
+
+def _trained_beside(layer, name) -> list:
+    """The ids of what is trained of a layer in full, also while `trainable` is off for a model."""
+    is_known = name in shares.names_of(layer)
+    if is_known and shares.is_trained(layer, name) and not layer.trainable:
+        return [id(variable) for variable in shares.own_weights(layer)]
+    return shares.trained_beside(layer, name)
+
+
+def facts_of(config, trained, adapters, beside, total) -> dict:
+    """What there is to say of an adapter, by how it is called in a card.
+
+    Args:
+        config: its `dcft_config`.
+        trained: paths of layers that are trained in full.
+        adapters, beside, total: int, how many numbers there are in adapters, trained in full, and
+            in the base model.
+    """
     sizes = Counter(config["layers"].values())
     own = config.get("adapters", {"": config}).values()
+    trainable = adapters + beside
     return {
         **{
             key: ", ".join(map(str, dict.fromkeys(numbers[key] for numbers in own)))
@@ -176,7 +142,8 @@ def _facts(model, name) -> dict:
         "trained in full": joined(trained),
         "numbers in adapters": f"{adapters:,}",
         "numbers trained in full": f"{beside:,}",
-        "trainable in all": f"{trainable:,}, {share}",
+        "trainable in all": f"{trainable:,}, {100 * trainable / total:.3g} % of the model's "
+        f"{total:,}",
     }
 
 
@@ -190,17 +157,15 @@ def _cell(value) -> str:
     return " ".join(text.replace("|", r"\|").split())
 
 
-def _front(base) -> dict:
-    model_id = HUB_MODEL.fullmatch(base or "")
-    base_model = {"base_model": model_id[1]} if model_id else {}
-    return {"tags": "\n- dcft\n- keras", **base_model}
+def _hub_model(base) -> str | None:
+    """The model of Hugging Face's hub that a base is called by, if it is no folder's path."""
+    if base is not None and not isinstance(base, str):
+        raise TypeError(f"`base` must be a str. Received: base={shortened(repr(base))}")
+    found = HUB_MODEL.fullmatch(base or "")
+    return found[1] if found and not Path(base).exists() else None
 
 
-def _updated(readme, key, section, front) -> str:
-    """The text of a card with this section instead of the one with the same key, if any."""
-    text = (
-        readme.read_bytes().decode() if readme.exists() else f"# {readme.resolve().parent.name}\n"
-    )
+def _with_section(readme, text, key, section) -> str:
     begin, end = (
         f"<!-- {word} keras_dcft: {urllib.parse.quote(key)} -->" for word in ("begin", "end")
     )
@@ -208,15 +173,13 @@ def _updated(readme, key, section, front) -> str:
     before, has_begin, rest = text.partition(begin)
     _, has_end, after = rest.partition(end)
     if has_begin and has_end:
-        text = before + section + after
-    elif has_begin or end in text:
+        return before + section + after
+    if has_begin or end in text:
         raise ValueError(
             f"{readme}: take the rest of the section out, or put both of its comments back. The "
             f"file must have '{begin}' and after it '{end}'. It has one of them."
         )
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    return _with_front(text, front)
+    return f"{text.rstrip()}\n\n{section}\n"
 
 
 def _with_front(text, front) -> str:
@@ -233,8 +196,3 @@ def _with_front(text, front) -> str:
             found = entry.sub(line, found)
     body = text[there.end() :] if there else f"\n\n{text}"
     return f"---\n{found}---{body}"
-
-
-def _write(readme, text):
-    # In bytes: a file that came with other line ends keeps them.
-    readme.write_bytes(text.encode())

@@ -17,9 +17,7 @@ package needs none of the latter, those who read a file without its model do (do
 import functools
 import hashlib
 import json
-import os
 import struct
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -51,6 +49,7 @@ from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_owners, 
 from keras_dcft.settings import AdapterSettings
 from keras_dcft.shares import DEFAULT_NAME
 from keras_dcft.verbs import adapt_and_reset
+from keras_dcft.writing import write_atomically
 
 SUFFIX = ".dcft.safetensors"
 FORMAT = "keras_dcft"
@@ -175,7 +174,7 @@ def load_content(model, name, path, tensors, metadata):
         raise ValueError("`model` cannot be loaded into inside `dcft_disabled`.")
     if name in names:
         place = Place(model, name)
-        _check_settings(path, config, place.config)
+        check_settings(path, config, place.config)
     else:
         plain = walk(model).get(metadata["part"], task_backbone(model))
         place = Place(model, name, config, None if names else plain)
@@ -422,29 +421,6 @@ def _checksum(tensors, metadata) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes):
-    """Writes a file beside its place and renames it; the first of several processes does it."""
-    if not keras_internals.is_first_process():
-        return
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def read(path: Path) -> tuple[dict, dict]:
     """A file's tensors and metadata; raises ValueError if it is none, or damaged."""
     # Read once: the file may be replaced by a newer one at any moment.
@@ -499,7 +475,9 @@ def _described(layer, shape) -> str:
     return f"layer '{layer}' with a weight of shape {tuple(shape)}" if shape else f"no '{layer}'"
 
 
-def _check_settings(path, saved, found):
+def check_settings(path, saved, found):
+    """Raises ValueError if a file's `dcft_config` is another than a model's."""
+
     def refuse(what, in_file, in_model):
         raise ValueError(
             f"{path}: load it into the plain model, or call `remove_dcft(model)` first: the model "

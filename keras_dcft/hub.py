@@ -61,7 +61,9 @@ class AdaptedBackbone(AdaptedModel):
     def save_to_preset(self, preset_dir, *args, base=None, metrics=None, data=None, **kwargs):
         """As KerasHub's, and a model card with what `write_model_card` takes as well."""
         known = (cls for cls in type(self).__mro__ if _is_public(cls))
-        code = CODE_FOR_A_PRESET.format(cls=next(known).__name__, folder=Path(preset_dir).name)
+        code = CODE_FOR_A_PRESET.format(
+            cls=next(known).__name__, folder=Path(preset_dir).resolve().name
+        )
         with preset_card(self, preset_dir, code, base=base, metrics=metrics, data=data):
             super().save_to_preset(preset_dir, *args, **kwargs)
 

@@ -85,11 +85,13 @@ def convert(model, factors: dict, holders):
         holders: every model that holds one of these layers.
     """
     trained = {id(variable) for variable in model.trainable_variables}
-    shapes = {
-        path: weight_shape_of(layer)
-        for path, layer in with_itself(model).items()
-        if path in factors
+    layers = {path: layer for path, layer in with_itself(model).items() if path in factors}
+    owners = weight_owners(layers)
+    is_trained = {
+        path: any(v.trainable for v in layers[owner].dcft_adapter.variables.values())
+        for path, owner in owners.items()
     }
+    shapes = {path: weight_shape_of(layer) for path, layer in layers.items()}
     release_all(model, holders)
     for path, layer in with_itself(model).items():
         own = keras_internals.own_weights(layer)
@@ -103,6 +105,7 @@ def convert(model, factors: dict, holders):
             a, b = _lora_variables(layer)
             a.assign(left.reshape((*shapes[path][:-1], -1)))
             b.assign(right)
+            a.trainable = b.trainable = is_trained[path]
 
 
 def _lora_variables(layer):

@@ -23,6 +23,7 @@ class Family:
         task_type: PEFT's name for what such a model does.
         heads: dict of KerasHub's tasks, by class name, to dicts of modules to layer paths.
         has_transposed_weights: bool, whether modules hold (in, out) as Keras does (`Conv1D`).
+        older_modules: dict, `modules` as they were called before Transformers 5, where otherwise.
     """
 
     modules: dict
@@ -30,6 +31,7 @@ class Family:
     task_type: str
     heads: dict
     has_transposed_weights: bool = False
+    older_modules: dict = dataclasses.field(default_factory=dict)
 
 
 OUTPUT_MODULE = "lm_head"  # of a language model; its weight is often that of the input embeddings
@@ -194,6 +196,18 @@ FAMILIES = {
         "vit.",
         "FEATURE_EXTRACTION",
         {"ViTImageClassifier": {"classifier": "predictions"}},
+        older_modules=_within(
+            "encoder.layer.{n}",
+            "vit_encoder/transformer_block_{following}",
+            {
+                "attention.attention.query": "mha/query",
+                "attention.attention.key": "mha/key",
+                "attention.attention.value": "mha/value",
+                "attention.output.dense": "mha/attention_output",
+                "intermediate.dense": "mlp/dense",
+                "output.dense": "mlp/dense_1",
+            },
+        ),
     ),
     "GPT2Backbone": Family(
         {
@@ -245,6 +259,11 @@ def family_of(backbone) -> Family:
     for name, family in FAMILIES.items():
         cls = getattr(keras_hub and keras_hub.models, name, None)
         if cls is not None and isinstance(backbone, cls):
+            if getattr(backbone, "vision_encoder", None) is not None:
+                raise ValueError(
+                    "`model` must be a Gemma 3 of text alone: that with a vision encoder has other "
+                    f"names in Transformers. Received: model '{backbone.name}'"
+                )
             return family
     raise ValueError(
         "`model` must be a KerasHub task or backbone of a family whose names in Transformers are "
@@ -253,16 +272,15 @@ def family_of(backbone) -> Family:
     )
 
 
-def modules_of(backbone, family, layers) -> dict:
+def modules_of(names, layers) -> dict:
     """The modules of a backbone, each with the paths of its layers.
 
     Args:
-        backbone: the backbone.
-        family: its `Family`.
+        names: dict, the `modules` of its `Family`, or those of an older Transformers.
         layers: dict of its layers by path.
     """
     modules = {}
-    for module, templates in family.modules.items():
+    for module, templates in names.items():
         templates = (templates,) if isinstance(templates, str) else templates
         for n in range(len(layers)):
             paths = tuple(template.format(n=n, following=n + 1) for template in templates)
@@ -285,18 +303,37 @@ def head_of(model, family) -> dict:
     for name, modules in family.heads.items():
         cls = getattr(keras_hub.models, name, None)
         if cls is not None and isinstance(model, cls):
-            # A ViT's other pooling is in its class of tasks, not in its weights.
-            if getattr(model, "pooling", "token") == "token":
-                return modules
-            raise ValueError(
-                "`model` must take the class token, as its model in Transformers does. Received: "
-                f"model '{model.name}' with pooling={model.pooling!r}"
-            )
+            _check_head(model, modules)
+            return modules
     raise ValueError(
         "`model` must be a backbone or a task that Transformers has with the same head: "
         f"{', '.join(family.heads)}. Pass `model.backbone` to leave the head out. Received: model "
         f"'{model.name}' of type {type(model).__name__}"
     )
+
+
+def _check_head(model, modules):
+    # A ViT's other pooling is in its class of tasks, not in its weights.
+    if getattr(model, "pooling", "token") != "token":
+        raise ValueError(
+            "`model` must take the class token, as its model in Transformers does. Received: "
+            f"model '{model.name}' with pooling={model.pooling!r}"
+        )
+    width = model.backbone.hidden_dim if len(modules) > 1 else None
+    if width is not None and model.hidden_dim not in (None, width):
+        raise ValueError(
+            "`model` must have a head whose hidden layer is as wide as the backbone, as its model "
+            f"in Transformers has: {width}. Received: model '{model.name}' with "
+            f"hidden_dim={model.hidden_dim}"
+        )
+    for path in modules.values():
+        mode = model.get_layer(path).quantization_mode
+        if mode is not None:
+            raise ValueError(
+                "The head must be in floating point, as it is trained in full: quantize "
+                f"`model.backbone` instead. Received: model '{model.name}', whose '{path}' has "
+                f"quantization_mode={mode!r}"
+            )
 
 
 def has_tied_output(model, family) -> bool:

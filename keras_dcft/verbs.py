@@ -313,7 +313,9 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
     """Gives layers Keras's own LoRA, of rank `rank * kernel_size`, in place of an adapter.
 
     The model computes the same, is of Keras's own classes and needs nothing of this package. What
-    was trained, the head and `trainable_layers` too, stays trainable, and the rest frozen.
+    was trained, the head and `trainable_layers` too, stays trainable, and the rest frozen. Keras's
+    files know of a layer's `trainable` and not of a variable's: in a model that was saved and
+    loaded, biases of layers with LoRA are trained as well.
 
     Args:
         model: a model adapted on `Dense` and embedding layers, and on such `EinsumDense` layers
@@ -324,9 +326,9 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
         The model.
 
     Raises:
-        TypeError, ValueError: as `merge_dcft`, and if an adapted layer's increment does not have
-            the form of Keras's LoRA; the message names it. Integers are no hindrance. The model is
-            unchanged then.
+        TypeError, ValueError: as `merge_dcft`, if `model.trainable` is False, and if an adapted
+            layer's increment does not have the form of Keras's LoRA; the message names it. Integers
+            are no hindrance. The model is unchanged then.
         RuntimeError: inside a prediction of an adapted model.
 
     Example:
@@ -338,6 +340,11 @@ def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
     with selection.calls.changing():
         layers = _own_dcft_layers(model)
         name = the_name(model, name)
+        if not model.trainable:
+            raise ValueError(
+                "Set `model.trainable = True` first, which says what of it is trained. Received: "
+                f"model '{model.name}' with trainable=False"
+            )
         everything = with_itself(model)
         adapted = {
             path: layer

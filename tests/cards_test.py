@@ -169,6 +169,51 @@ def test_one_of_several_adapters_is_named(tmp_path):
     assert rows(text)["numbers in adapters"] == ["332", str(of_legal)]
 
 
+def test_a_card_tells_of_the_file_whatever_the_model_is_now(tmp_path):
+    path, model = saved(tmp_path, model=adapted_classifier())
+    before = write_model_card(model, path).read_text()
+    model.trainable = False
+    assert write_model_card(model, path).read_text() == before
+    model.save_to_preset(str(tmp_path / "preset"))
+    of_preset = rows((tmp_path / "preset" / "README.md").read_text())
+    assert of_preset["trainable in all"] == rows(before)["trainable in all"]
+
+    enable_dcft(model, kernel_size=2, name="legal")
+    with pytest.raises(ValueError, match="other settings"):
+        write_model_card(model, path, name="legal")
+    with pytest.raises(ValueError, match="must end with"):
+        write_model_card(model, tmp_path / "README.md", name="default")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="damaged"):
+        write_model_card(model, path, name="default")
+    assert (tmp_path / "README.md").read_text() == before
+
+
+def test_a_folder_is_no_model_of_the_hub(tmp_path, monkeypatch):
+    path, model = saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    text = write_model_card(model, path, base="models/bert").read_text()
+    assert "Base: models/bert\n" in text
+    assert "base_model" not in text
+
+
+def test_a_byte_order_mark_does_not_hide_the_front_matter(tmp_path):
+    path, model = saved(tmp_path)
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\n\n# Mine\n")
+    text = write_model_card(model, path).read_text()
+    assert text.startswith("---\nlicense: mit\n")
+    assert text.count("---\n") == 2
+
+
+def test_a_preset_in_the_present_folder_has_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    adapted_classifier().save_to_preset(".")
+    assert '.from_preset("mine")' in (folder / "README.md").read_text()
+
+
 def test_what_cannot_be_a_card_is_refused_and_changes_nothing(tmp_path):
     path, model = saved(tmp_path)
     with pytest.raises(FileNotFoundError, match="save_dcft_weights"):

@@ -71,6 +71,26 @@ def test_it_trains_on():
         np.testing.assert_array_equal(old, array(variable))
 
 
+def test_what_was_frozen_by_hand_stays_frozen():
+    model = enable_dcft(with_every_kind(), kernel_size=3, target_layers=EVERY)
+    randomize_adapters(model)
+    model.get_layer("wide").trainable = False
+    for variable in model.get_layer("words").dcft_adapter.variables.values():
+        variable.trainable = False
+    convert_to_lora(model)
+    trained = {v.path.split("/")[0] for v in model.trainable_variables}
+    assert trained == {"table", "narrow", "joined"}
+
+
+def test_a_model_that_is_not_to_be_trained_is_refused():
+    model = enable_dcft(with_every_kind(), kernel_size=3, target_layers=EVERY)
+    model.trainable = False
+    with pytest.raises(ValueError, match=r"Set `model\.trainable = True` first"):
+        convert_to_lora(model)
+    model.trainable = True
+    convert_to_lora(model)
+
+
 def test_one_of_several_adapters():
     model = enable_dcft(with_every_kind(), kernel_size=3)
     randomize_adapters(model)

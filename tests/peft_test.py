@@ -256,7 +256,7 @@ def assign(backbone, state, module_prefix, others):
     """Weights by the names of the modules, and all others by paths of layers."""
     layers = walk(backbone)
     family = family_of(backbone)
-    for module, paths in modules_of(backbone, family, layers).items():
+    for module, paths in modules_of(family.modules, layers).items():
         kernel = state[f"{module_prefix}{module}.weight"]
         if "embed" in module:
             layers[paths[0]].embeddings.assign(kernel)
@@ -665,6 +665,13 @@ BROKEN = {
     "another rank": (changed(r=5), "rank 5 for .*the weights have 3 and 3"),
     "no B": (without("query.lora_B"), "A alone of the LoRA of '.*query'"),
     "no layer": (without("layer.1.attention.self.key"), "'encoder.layer.1.attention.self.key'"),
+    "no head": (without("classifier"), "incomplete.*'classifier' among `modules_to_save`"),
+    "no rank": (changed(r=None), "`r` must be a number above 0.*r=None"),
+    "no alpha": (changed(lora_alpha="16"), "`lora_alpha` must be.*lora_alpha='16'"),
+    "a pattern that is none": (changed(rank_pattern={"(": 3}), r"'\(' is no regular expression"),
+    "targets that are none": (changed(target_modules="("), r"'\(' is no regular expression"),
+    "a convolution": (replaced("lora_A", lambda a: a[..., None, None]), "as of a convolution"),
+    "float8": (replaced("lora_A", lambda a: a.astype("int8")), "in I8"),
     "no head's bias": (without("classifier.bias"), "only 'classifier.weight'"),
     "no LoRA": (without("lora_"), "incomplete|no module"),
     "more layers": (renamed("layer.1.", "layer.7."), "layer.7"),
@@ -707,6 +714,173 @@ def test_folders_that_do_not_fit_are_refused(case, tmp_path):
         import_from_peft(pair.task, folder)
     assert type(pair.task) is kind
     np.testing.assert_array_equal(pair.logits(), before)
+
+
+def test_weights_of_torchs_own_format_are_named(tmp_path):
+    pair = Pair("bert", tmp_path)
+    export_to_peft(enable_dcft(pair.task, kernel_size=3), tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"adapter_model\.bin alone"):
+        import_from_peft(remove_dcft(pair.task), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folders_in_low_precision(dtype, tmp_path):
+    pair = Pair("llama3", tmp_path)
+    model = trained_by_peft(pair, r=3, target_modules=["q_proj", "down_proj"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    with torch.no_grad():
+        expected = model(**pair.theirs).logits.numpy()
+    model.to(dtype).save_pretrained(tmp_path / "lora")
+    tensors = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    if dtype == torch.bfloat16:  # the base's weights, too, have other values in it
+        for variable in pair.task.weights:
+            variable.assign(torch.tensor(array(variable)).to(dtype).float().numpy())
+    import_from_peft(pair.task, tmp_path / "lora")
+    np.testing.assert_allclose(pair.logits(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "mistral", "gemma"])
+def test_embeddings_that_peft_writes_beside_are_compared(name, tmp_path):
+    pair = Pair(name, tmp_path)
+    embeddings = "word_embeddings" if name == "bert" else "embed_tokens"
+    query = "query" if name == "bert" else "q_proj"
+    # Tied ones may not be adapted on one side alone; PEFT writes them whenever it is told to.
+    targets = [query] if name == "gemma" else [query, embeddings]
+    head = ["classifier"] if name == "bert" else None
+    model = trained_by_peft(pair, r=2, target_modules=targets, modules_to_save=head)
+    with torch.no_grad():
+        expected = model(**pair.theirs).logits.numpy()
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    [key] = [key for key in tensors if embeddings in key and "lora" not in key]
+    assert name == "gemma" or key.endswith(f"{embeddings}.base_layer.weight")
+    tensors[key] += 0.1
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "adapter_config.json").write_bytes(
+        (tmp_path / "lora" / "adapter_config.json").read_bytes()
+    )
+    safetensors.numpy.save_file(tensors, changed / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"into the base that it was trained on.*{embeddings}"):
+        import_from_peft(pair.task, changed)
+    import_from_peft(pair.task, tmp_path / "lora")
+    np.testing.assert_allclose(pair.logits(), expected, atol=1e-4)
+
+
+def test_names_of_an_older_transformers(tmp_path):
+    pair = Pair("vit", tmp_path)
+    trained(enable_dcft(pair.task, kernel_size=3))
+    expected = pair.logits()
+    folder = tmp_path / "lora"
+    export_to_peft(pair.task, folder)
+    older = {
+        r"layers\.(\d+)\.attention\.(q|k|v)_proj": r"encoder.layer.\1.attention.attention.\2",
+        r"layers\.(\d+)\.attention\.o_proj": r"encoder.layer.\1.attention.output.dense",
+        r"layers\.(\d+)\.mlp\.fc1": r"encoder.layer.\1.intermediate.dense",
+        r"layers\.(\d+)\.mlp\.fc2": r"encoder.layer.\1.output.dense",
+        r"attention\.attention\.q\.": "attention.attention.query.",
+        r"attention\.attention\.k\.": "attention.attention.key.",
+        r"attention\.attention\.v\.": "attention.attention.value.",
+    }
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    for pattern, name in older.items():
+        tensors = {re.sub(pattern, name, key): value for key, value in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = ["query", "key", "value", "dense"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    import_from_peft(remove_dcft(pair.task), folder)
+    np.testing.assert_allclose(pair.logits(), expected, atol=1e-5)
+
+
+def test_peft_would_merge_tied_embeddings_twice(tmp_path):
+    pair = Pair("llama3", tmp_path)
+    trained(enable_dcft(pair.task, kernel_size=3, target_layers="token_embedding|query"))
+    with pytest.warns(UserWarning, match="adds the increment to the one weight twice"):
+        export_to_peft(pair.task, tmp_path / "lora")
+    merged = pair.transformers_model(tmp_path / "lora").merge_and_unload()
+    with torch.no_grad():
+        assert np.abs(merged(**pair.theirs).logits.numpy() - pair.logits()).max() > 0.1
+
+
+def classifier(pair, **arguments):
+    return pair.task_class(
+        backbone=pair.task.backbone, preprocessor=None, num_classes=3, **arguments
+    )
+
+
+def test_heads_that_transformers_has_not(tmp_path):
+    pair = Pair("roberta", tmp_path)
+    wide = classifier(pair, hidden_dim=20)
+    with pytest.raises(ValueError, match=r"Received: .*hidden_dim=20"):
+        export_to_peft(enable_dcft(wide, kernel_size=3), tmp_path / "lora")
+    pair = Pair("bert", tmp_path)
+    task = enable_dcft(classifier(pair, activation="softmax"), kernel_size=3)
+    with pytest.warns(UserWarning, match="gives logits, without the 'softmax' of 'logits'"):
+        export_to_peft(task, tmp_path / "lora")
+    task.quantize("int8")
+    with pytest.raises(ValueError, match=r"quantize `model\.backbone` instead"):
+        export_to_peft(task, tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_a_gemma_that_sees_is_refused(tmp_path):
+    vision = {
+        "image_size": 16,
+        "patch_size": 4,
+        "num_heads": 2,
+        "hidden_dim": 8,
+        "num_layers": 1,
+        "intermediate_dim": 8,
+        "output_dim": 16,
+        "pool_size": 2,
+    }
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=30,
+        image_size=16,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=24,
+        head_dim=8,
+        vision_encoder=keras_hub.layers.Gemma3VisionEncoder(**vision)
+        if hasattr(keras_hub.layers, "Gemma3VisionEncoder")
+        else pytest.importorskip(
+            "keras_hub.src.models.gemma3.gemma3_vision_encoder"
+        ).Gemma3VisionEncoder(**vision),
+    )
+    enable_dcft(backbone, kernel_size=2, target_layers="query")
+    with pytest.raises(ValueError, match="Gemma 3 of text alone"):
+        export_to_peft(backbone, tmp_path / "lora")
+
+
+def test_a_users_own_file_is_not_deleted(tmp_path):
+    pair = Pair("bert", tmp_path)
+    enable_dcft(pair.task, kernel_size=3)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    safetensors.numpy.save_file({"mine": np.ones(3, "float32")}, folder / "head.safetensors")
+    export_to_peft(pair.task, folder)
+    assert (folder / "head.safetensors").exists()
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(tmp_path):
+    pair = Pair("bert", tmp_path)
+    folder = tmp_path / "lora"
+    export_to_peft(trained(enable_dcft(pair.task, kernel_size=3)), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "head.safetensors").mkdir()
+    pair.task.layers[-1].bias.assign(np.ones(3))
+    with pytest.raises(IsADirectoryError):
+        export_to_peft(pair.task, folder, head="separate")
+    (folder / "head.safetensors").rmdir()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_tied_embeddings_are_adapted_on_both_sides_or_not_at_all(tmp_path):

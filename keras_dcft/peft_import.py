@@ -1,30 +1,24 @@
-"""Folders of Hugging Face PEFT's LoRA: an adapter for stacks that know no DCFT, and back.
-
-DCFT of rank r and kernel size d is a LoRA of rank r·d, and a LoRA is DCFT of kernel size 1: both
-ways nothing is approximated. (See `docs/serving.md` for what loads such a folder.)
-"""
+"""A LoRA folder of Hugging Face PEFT as an adapter: a LoRA is DCFT of kernel size 1, exactly."""
 
 import dataclasses
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from keras_dcft import named, selection, shares
 from keras_dcft.adapter import ADAPTER_VARIABLES
-from keras_dcft.files import Place, architecture_of, load_content, write_atomically
-from keras_dcft.hub import is_task, task_backbone
-from keras_dcft.lora import lora_factors
-from keras_dcft.models import adapter_names, the_name
-from keras_dcft.paths import checked_model, joined, required_dcft_layers
+from keras_dcft.files import Place, architecture_of, load_content
+from keras_dcft.hub import task_backbone
+from keras_dcft.models import adapter_names
+from keras_dcft.paths import checked_model, joined
+from keras_dcft.peft_export import CONFIG, PREFIX, WEIGHT_NAMES, WEIGHTS
 from keras_dcft.planning import check_built
-from keras_dcft.reclassing import matrix_shape_of
+from keras_dcft.reclassing import matrix_shape_of, weight_of
 from keras_dcft.settings import AdapterSettings, shortened
 from keras_dcft.transformers_names import (
     OUTPUT_MODULE,
@@ -35,12 +29,8 @@ from keras_dcft.transformers_names import (
     modules_of,
 )
 
-CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
-PREFIX = "base_model.model."  # of all names in PEFT's files
-VLLM_RANK = 16
-
-# PEFT's parts of a layer, and how adapter files call them.
-WEIGHT_NAMES = {"weight": "0.kernel", "bias": "1.bias"}
+DTYPES = {"F32": "float32", "BF16": "uint16", "F16": "float16", "F64": "float64"}
+BFLOAT16_STEP = 2**-8  # relative
 # A `dcft_config` that adapts nothing yet.
 NOTHING = {**AdapterSettings().common(), "layers": {}, "trainable_layers": []}
 
@@ -72,210 +62,6 @@ UNDERSTOOD = {
 }
 # Starts that change the base, so that the folder's LoRA belongs to another.
 STARTS_WITH_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def export_to_peft(
-    model: keras.Model, folder, name: str | None = None, *, head=None, base: str | None = None
-):
-    """Writes an adapter as a LoRA folder of Hugging Face PEFT, for the model in Transformers.
-
-    A LoRA of rank `rank * kernel_size` per layer, exactly the same increment, with a scaling of 1.
-    Where Transformers has several layers in one module (GPT-2's and Phi-3's attention, Phi-3's
-    gated layer) their factors stand in blocks, and the ranks add up.
-
-    A classifier's head goes into the folder as PEFT's `modules_to_save`. Language models have no
-    head of their own.
-
-    Args:
-        model: an adapted KerasHub task or backbone: BERT, RoBERTa, DistilBERT, DeBERTaV3, ALBERT,
-            ViT, GPT-2, Llama, Mistral, Qwen 2, 2.5 and 3, Gemma 1 to 3 (text) or Phi-3.
-        folder: str or path; made if it is not there, its folder must be.
-        name: str, the adapter to write, active or not, where the model has several.
-        head: "separate" to write the head to `head.safetensors` beside it instead, under its names
-            in Transformers: vLLM refuses adapters with full weights.
-
-    Raises:
-        ValueError: if the model is not adapted, has several adapters and none of this name, is of
-            another family, or if something is trained that has no place in a LoRA folder. Nothing
-            is written then.
-        OSError: if the folder cannot be written.
-
-    Example:
-        >>> import keras_hub, tempfile
-        >>> backbone = keras_hub.models.BertBackbone(
-        ...     vocabulary_size=9, num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=16)
-        >>> folder = tempfile.mkdtemp()
-        >>> export_to_peft(enable_dcft(backbone, kernel_size=4), folder)
-        >>> sorted(path.name for path in Path(folder).iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
-    """
-    if head not in (None, "separate"):
-        raise ValueError(f'`head` must be None or "separate". Received: head={head!r}')
-    folder = Path(folder)
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"Make the parent folder first. Received: folder={str(folder)!r}")
-    required_dcft_layers(model)
-    with selection.calls.changing(also_inside=True):
-        name = the_name(model, name)
-        named.check_finite(model, [name])
-        place = Place(model, name)
-        if task_backbone(model) is not place.part:
-            raise ValueError(
-                "`model` must be a KerasHub task or backbone that was adapted as a whole; pass the "
-                f"backbone of one around it. Received: model '{model.name}' of type "
-                f"{type(model).__name__}"
-            )
-        family = family_of(place.part)
-        modules = modules_of(place.part, family, place.layers)
-        heads = head_of(model, family)
-        trained = _head_tensors(place, heads)
-        tensors = _lora_tensors(place, family, modules)
-    known = [_prefix(model, family) + module for module in modules] + [*heads]
-    config = _config(place, family, tensors, [*known, OUTPUT_MODULE], heads, head)
-    config["base_model_name_or_path"] = base
-    files = {WEIGHTS: {PREFIX + key: tensor for key, tensor in tensors.items()}}
-    if trained and head == "separate":
-        files[HEAD] = trained
-    else:
-        files[WEIGHTS] |= {PREFIX + key: tensor for key, tensor in trained.items()}
-    contents = {
-        file: safetensors.numpy.save(of_file, {"format": "pt"}) for file, of_file in files.items()
-    }
-    contents[CONFIG] = json.dumps(config, indent=2).encode()
-    folder.mkdir(exist_ok=True)
-    for file, content in contents.items():
-        write_atomically(folder / file, content)
-    if HEAD not in contents:  # an earlier export's
-        (folder / HEAD).unlink(missing_ok=True)
-    _warn_of_ranks(config)
-
-
-def _prefix(model, family):
-    return family.prefix if is_task(model) else ""
-
-
-def _head_tensors(place, heads) -> dict:
-    """What is trained in full, by its names in Transformers; ValueError for what has none there."""
-    of_path = {path: module for module, path in heads.items()}
-    tensors, homeless = {}, []
-    for key, variable in place.variables().items():
-        kind, _, rest = key.partition("/")
-        path, _, variable_name = rest.rpartition("/")
-        if kind == "adapter":
-            continue
-        if path not in of_path or variable_name not in WEIGHT_NAMES.values():
-            homeless.append(rest)
-            continue
-        weight = next(peft for peft, ours in WEIGHT_NAMES.items() if ours == variable_name)
-        value = selection.as_array(variable).astype("float32")
-        tensors[f"{of_path[path]}.{weight}"] = np.ascontiguousarray(value.T)
-    if homeless:
-        raise ValueError(
-            "A LoRA folder has no place for what is trained in full beside the adapters and a "
-            "classifier's head: call `merge_dcft(model)`, and export the whole model. Received: "
-            f"model '{place.model.name}' with {joined(map(repr, homeless))} trained."
-        )
-    return tensors
-
-
-def _lora_tensors(place, family, modules) -> dict:
-    """PEFT's tensors by their names in the model, without PEFT's prefix."""
-    adapted = {path: place.layers[path] for path in place.config["layers"]}
-    homeless = set(adapted).difference(*modules.values()) if modules else set(adapted)
-    if homeless:
-        raise ValueError(
-            "Leave out layers that Transformers does not have as a layer of their own, with "
-            f"`exclude_layers`, or merge. Received: {joined(map(repr, sorted(homeless)))} adapted."
-        )
-    factors = lora_factors(adapted, place.name)
-    prefix, tensors = _prefix(place.model, family), {}
-    for module, paths in modules.items():
-        if not any(path in factors for path in paths):
-            continue
-        if is_embedding(place.layers[paths[0]]):
-            left, right = factors[paths[0]]
-            tensors[f"{prefix}{module}.lora_embedding_A"] = left.T
-            tensors[f"{prefix}{module}.lora_embedding_B"] = right.T
-            if has_tied_output(place.model, family):
-                # Its weight is the embeddings', transposed, and PEFT adapts the two one by one.
-                tensors[f"{OUTPUT_MODULE}.lora_A.weight"] = right
-                tensors[f"{OUTPUT_MODULE}.lora_B.weight"] = left
-            continue
-        columns = [matrix_shape_of(place.layers[path])[1] for path in paths]
-        down = np.concatenate([factors[path][0].T for path in paths if path in factors])
-        up = np.zeros((sum(columns), len(down)), "float32")
-        row = rank = 0
-        for path, width in zip(paths, columns):
-            if path in factors:
-                block = factors[path][1].T
-                up[row : row + width, rank : rank + block.shape[1]] = block
-                rank += block.shape[1]
-            row += width
-        tensors[f"{prefix}{module}.lora_A.weight"] = down
-        tensors[f"{prefix}{module}.lora_B.weight"] = up
-    return {key: np.ascontiguousarray(tensor, "float32") for key, tensor in tensors.items()}
-
-
-def _config(place, family, tensors, known, heads, head) -> dict:
-    """PEFT's configuration."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        module, _, factor = key.removesuffix(".weight").rpartition(".")
-        if factor.endswith("_A"):
-            ranks[module] = tensor.shape[0]
-    rank = max(ranks.values())  # which is what vLLM looks at
-    pattern = {}
-    for other in sorted({*ranks.values()} - {rank}):
-        of_rank = [module for module, of_module in ranks.items() if of_module == other]
-        pattern.update(dict.fromkeys(_tails(of_rank, ranks), other))
-    is_with_head = heads and head is None
-    tops = dict.fromkeys(module.partition(".")[0] for module in heads)
-    return {
-        "peft_type": "LORA",
-        # PEFT has a head saved by itself where it knows the task.
-        "task_type": family.task_type if is_task(place.model) and head is None else None,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "lora_dropout": place.config["dropout"],
-        "bias": "none",
-        "fan_in_fan_out": family.has_transposed_weights,
-        "target_modules": _tails(ranks, known),
-        "modules_to_save": list(tops) if is_with_head else None,
-        "inference_mode": True,
-    }
-
-
-def _tails(modules, others) -> list:
-    """The shortest ends of these modules' names that no other of the known names has."""
-    modules = list(modules)
-    others = [name for name in others if name not in set(modules)]
-    tails = {}
-    for module in modules:
-        parts = module.split(".")
-        for start in reversed(range(len(parts))):
-            tail = ".".join(parts[start:])
-            if not any(name == tail or name.endswith(f".{tail}") for name in others):
-                break
-        tails[tail] = None
-    return list(tails)
-
-
-def _warn_of_ranks(config):
-    rank, others = config["r"], sorted({*config["rank_pattern"].values()})
-    if rank > VLLM_RANK:
-        warnings.warn(
-            f"The LoRA's rank, rank * kernel_size in each module of Transformers, is up to {rank}. "
-            f"vLLM loads {VLLM_RANK} unless it is started with `--max-lora-rank {rank}` or more.",
-            stacklevel=3,
-        )
-    if others:
-        warnings.warn(
-            f"The LoRA's modules have several ranks, {joined(map(str, [*others, rank]))}. PEFT and "
-            "vLLM compute it rightly, llama.cpp scales all but the largest wrongly: merge there.",
-            stacklevel=3,
-        )
 
 
 def import_from_peft(model: keras.Model, folder, name: str | None = None) -> keras.Model:
@@ -324,12 +110,18 @@ def import_from_peft(model: keras.Model, folder, name: str | None = None) -> ker
     loras, others = _read_weights(folder, config)
     with selection.calls.changing():
         place = Place(model, None, NOTHING, part)
-        modules = modules_of(part, family, place.layers)
+        modules = modules_of(family.modules, place.layers)
+        if not any(module.removeprefix(family.prefix) in modules for module in loras):
+            older = modules_of(family.older_modules, place.layers)
+            modules = older or modules
+        others = _without_embeddings(folder, others, modules, place, family)
         by_path = _by_path(folder, loras, modules, place, family)
         _check_targets(folder, config, loras, modules, family)
-        content = _content(place, by_path, config)
-        head = _head_values(folder, others, head_of(model, family), place)
-        load_content(model, name, folder, {**content[0], **head}, content[1])
+        heads = head_of(model, family)
+        head = _head_values(folder, others, heads, place)
+        _check_head_is_there(folder, config, others, heads)
+        adapter, metadata = _adapter_content(place, by_path, config)
+        load_content(model, name, folder, {**adapter, **head}, metadata)
     return model
 
 
@@ -356,6 +148,25 @@ def _read_config(folder) -> dict:
                 f"{folder}: load a plain LoRA, or merge this with PEFT. The folder has "
                 f"{key}={shortened(repr(value))}."
             )
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(
+                f"{folder / CONFIG}: damaged, `{key}` must be a number above 0. The file has "
+                f"{key}={shortened(repr(value))}."
+            )
+    targets = config.get("target_modules")
+    for pattern in [
+        *(config.get("rank_pattern") or ()),
+        *(config.get("alpha_pattern") or ()),
+        *([targets] if isinstance(targets, str) else ()),
+    ]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{folder / CONFIG}: damaged, {pattern!r} is no regular expression ({error})."
+            ) from error
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(STARTS_WITH_ANOTHER_BASE):
         raise ValueError(
@@ -377,12 +188,8 @@ class _Lora:
 
 def _read_weights(folder, config) -> tuple[dict, dict]:
     """The LoRAs by module, and all other tensors by name, both without PEFT's prefix."""
-    try:
-        tensors = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS}: damaged ({error}).") from error
     loras, others = {}, {}
-    for key, tensor in tensors.items():
+    for key, tensor in _read_tensors(folder).items():
         if not np.isfinite(tensor).all():
             raise ValueError(
                 f"{folder}: load an adapter that did not diverge. The folder has NaN or infinity "
@@ -392,6 +199,11 @@ def _read_weights(folder, config) -> tuple[dict, dict]:
         if found is None:
             others[key.removeprefix(PREFIX)] = tensor
             continue
+        if tensor.ndim != 2:
+            raise ValueError(
+                f"{folder}: load a LoRA of dense layers and embeddings, or merge it with PEFT. The "
+                f"folder has '{key}' of shape {tensor.shape}, as of a convolution."
+            )
         lora = loras.setdefault(found[1].removeprefix(PREFIX), _Lora())
         setattr(lora, {"A": "down", "B": "up"}[found[2]], tensor.astype("float32"))
     for module, lora in loras.items():
@@ -410,6 +222,32 @@ def _read_weights(folder, config) -> tuple[dict, dict]:
         alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         lora.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return loras, others
+
+
+def _read_tensors(folder) -> dict:
+    """A folder's tensors by name; those in bfloat16, which NumPy has not, in float32."""
+    path = folder / WEIGHTS
+    if not path.exists() and path.with_suffix(".bin").exists():
+        raise ValueError(
+            f"{folder}: load it with PEFT and save it anew, which writes safetensors. The folder "
+            f"has weights in {path.with_suffix('.bin').name} alone."
+        )
+    try:
+        found = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}).") from error
+    tensors = {}
+    for key, tensor in found:
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{path}: convert it to one of {', '.join(DTYPES)}. The file has '{key}' in "
+                f"{tensor['dtype']}."
+            )
+        value = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
+        if tensor["dtype"] == "BF16":
+            value = (value.astype("uint32") << 16).view("float32")
+        tensors[key] = value.reshape(tensor["shape"])
+    return tensors
 
 
 def _by_pattern(pattern, module, default):
@@ -504,6 +342,60 @@ def _take_tied_output(folder, loras, modules, place):
         )
 
 
+def _without_embeddings(folder, others, modules, place, family) -> dict:
+    """Drops what PEFT writes of the base beside adapted embeddings, if it is this model's base."""
+    kept = {}
+    for name, tensor in others.items():
+        module = name.removesuffix(".weight").removesuffix(".base_layer")
+        weight = _table(module.removeprefix(family.prefix), modules, place, family)
+        if weight is None:
+            kept[name] = tensor
+        elif tensor.shape != weight.shape or not np.allclose(
+            tensor, weight, rtol=2 * BFLOAT16_STEP, atol=1e-6
+        ):
+            raise ValueError(
+                f"{folder}: load it into the base that it was trained on, with the same "
+                f"vocabulary. The folder has '{name}' of shape {tensor.shape}; the model has other "
+                f"values, of shape {weight.shape}."
+            )
+    return kept
+
+
+def _table(module, modules, place, family):
+    """An embedding's or a language model's output's table as Transformers has it, or None."""
+    if module in modules:
+        layer = place.layers[modules[module][0]]
+        if not is_embedding(layer):
+            return None
+        is_output = False
+    elif module == OUTPUT_MODULE and family.task_type == "CAUSAL_LM":
+        layer = place.part.token_embedding
+        is_output = not has_tied_output(place.model, family)
+    else:
+        return None
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            "Load the folder before the model is quantized: it has embeddings to compare. "
+            f"Received: '{layer.name}' with quantization_mode={layer.quantization_mode!r}"
+        )
+    variable = layer.reverse_embeddings if is_output else weight_of(layer)
+    values = selection.as_array(variable).astype("float32")
+    return values.T if is_output else values
+
+
+def _check_head_is_there(folder, config, others, heads):
+    """Raises ValueError if a folder says that it has a head of which it has nothing."""
+    there = {name.rpartition(".")[0] for name in others}
+    for module in heads:
+        meant = [module, module.partition(".")[0]]
+        named_there = config.get("modules_to_save") or []
+        if module not in there and any(name in named_there for name in meant):
+            raise ValueError(
+                f"{folder}: incomplete. The configuration has '{module}' among `modules_to_save`; "
+                "the weights have nothing of it."
+            )
+
+
 def _head_values(folder, others, heads, place) -> dict:
     """The head's values by their names in an adapter file; the model's own if it brings none."""
     values = {}
@@ -530,7 +422,7 @@ def _head_values(folder, others, heads, place) -> dict:
     return values
 
 
-def _content(place, by_path, config) -> tuple[dict, dict]:
+def _adapter_content(place, by_path, config) -> tuple[dict, dict]:
     """The adapter as the content of an adapter file."""
     numbers = {
         path: {
