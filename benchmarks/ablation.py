@@ -42,7 +42,7 @@ from quality import (
     start_as_lora,
 )
 
-from keras_dcft import PAPER_RECIPE, LinearWarmupDecay, enable_dcft
+from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers, walk
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
@@ -200,7 +200,7 @@ SST2_VARIANTS = {
     ),
     # Regularisation and length
     "orthogonality 0.1": Variant({"orthogonality": 0.1}),
-    "the paper's arguments": Variant(PAPER_RECIPE),
+    "the paper's arguments": Variant(PAPER_RECIPES["cola"]["arguments"] | {"alpha": 4.0}),
     "weight decay 0.1": Variant(weight_decay=0.1),
     "twice the epochs": Variant(longer=2),
     "alpha 16, A and B N(0, 0.01²), twice the epochs": Variant(

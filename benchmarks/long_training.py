@@ -37,7 +37,7 @@ from lanes import Examples, Lanes, Settings, flat_values, plan
 from methods import linear_decay
 from prepared import make_backbone, make_model, prepare, read
 
-from keras_dcft import LinearWarmupDecay, enable_dcft
+from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers
 
 RESULTS = ROOT / "benchmarks" / "results" / "long_training.jsonl"
@@ -57,29 +57,9 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 # --- methods ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The paper's settings for a task, `docs/choices.md`.
-
-    Attributes:
-        alpha, orthogonality: of `enable_dcft`.
-        warmup_share: float, the warm-up's share of the authors' steps.
-        head_dropout: float.
-    """
-
-    alpha: float
-    orthogonality: float
-    warmup_share: float
-    head_dropout: float
-
-
-# The authors have no question answering by spans; XQuAD's are those of QNLI.
-RECIPES = {
-    "sst2": Recipe(8.0, 0.1, 0.02, 0.0),
-    "xquad": Recipe(16.0, 0.1, 0.03, 0.1),
-    "rte": Recipe(16.0, 0.3, 0.05, 0.2),
-}
-RECIPE_WEIGHT_DECAY = 0.01
+# The authors have no question answering by spans; XQuAD's recipe is that of QNLI.
+RECIPES = {task: PAPER_RECIPES[{"xquad": "qnli"}.get(task, task)] for task in TASKS}
+WARMUP_SHARES = {"sst2": 0.02, "xquad": 0.03, "rte": 0.05}  # of the authors' steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +70,7 @@ class Method:
         arguments: dict, of `enable_dcft`; None for full fine-tuning.
         start: function of the adapted backbone that sets the first values, or None.
         rates: tuple of floats, the learning rates that are tried first, in order.
-        is_recipe: whether the task's `Recipe` is followed.
+        is_recipe: whether the task's recipe is followed.
         rate_factors: as in `Settings`.
     """
 
@@ -123,9 +103,7 @@ def lora(**arguments):
 
 
 def recipe(kernel_size):
-    start = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
-    arguments = {"factor_initializer": start, "filter_initializer": start}
-    return Method({"kernel_size": kernel_size, **arguments}, is_recipe=True)
+    return Method({"kernel_size": kernel_size}, is_recipe=True)
 
 
 MAIN = {
@@ -235,8 +213,8 @@ class Trainer:
         self.last = min(steps, options.most_steps or steps)
         schedule, weight_decay = linear_decay(1.0, steps), 0.0
         if self.method.is_recipe:
-            schedule = LinearWarmupDecay(1.0, steps, RECIPES[task].warmup_share)
-            weight_decay = RECIPE_WEIGHT_DECAY
+            schedule = LinearWarmupDecay(1.0, steps, WARMUP_SHARES[task])
+            weight_decay = RECIPES[task]["weight_decay"]
         model = self.make(0)
         self.values = {0: flat_values(model)}
         self.trainable = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -260,8 +238,8 @@ class Trainer:
         head_dropout = 0.1
         if self.method.is_recipe:
             recipe = RECIPES[self.task]
-            arguments |= {"alpha": recipe.alpha, "orthogonality": recipe.orthogonality}
-            head_dropout = recipe.head_dropout
+            arguments |= recipe["arguments"]
+            head_dropout = recipe["head_dropout"]
         model = make_model(self.task, backbone, head_dropout)
         if self.method.arguments is not None:
             enable_dcft(backbone, **arguments)

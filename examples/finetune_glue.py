@@ -1,7 +1,9 @@
-"""Fine-tunes a KerasHub encoder on GLUE tasks, and compares methods over seeds.
+r"""Fine-tunes a KerasHub encoder on GLUE tasks, and compares methods over seeds.
 
     python examples/finetune_glue.py --task rte --method dcft lora --seeds 0 1 2
     python examples/finetune_glue.py --task all --preset deberta_v3_base_en --data-dir ~/tfds
+    python examples/finetune_glue.py --task mrpc --preset deberta_v3_base_en --recipe paper \
+        --kernel-size 2
 
 Each run appends one JSON line to `--output`. Runs that the file has already, with the same settings
 and backend, are skipped, so that an interrupted sweep goes on. Scores are on the validation splits:
@@ -37,6 +39,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from text_classifier import batches, make_classifier
 from text_data import check_glue_folder, glue_split, load_text_data
 
+from keras_dcft import PAPER_RECIPES, LinearWarmupDecay
+
 TASK_METRICS = {
     "cola": ("matthews",),
     "sst2": ("accuracy",),
@@ -50,12 +54,16 @@ TASK_METRICS = {
 }
 
 
+DEFAULTS = {"epochs": 3, "batch_size": 32, "sequence_length": None}
+
+
 def main(arguments=None):
     run_or_exit(run, parse_options(arguments))
 
 
 def run(options):
-    tasks = TASK_METRICS if "all" in options.task else options.task
+    everything = PAPER_RECIPES if options.recipe else TASK_METRICS
+    tasks = everything if "all" in options.task else options.task
     for task in tasks:
         check_glue_folder(task, options.data_dir)
     # Methods innermost: they share their data, and an interrupted sweep can be compared.
@@ -102,6 +110,9 @@ def open_output(path: Path):
 
 def settings_of(task, seed, method, options) -> dict:
     """What a run's result depends on; null is what the method does without, or the default."""
+    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method]}
+    if options.recipe:
+        defaults = {name: PAPER_RECIPES[task][name] for name in defaults}
     return {
         "task": task,
         "method": method,
@@ -110,11 +121,9 @@ def settings_of(task, seed, method, options) -> dict:
         "preset": options.preset or str(default_preset()),
         "kernel_size": options.kernel_size if method == "dcft" else None,
         "rank": options.rank if method in ("dcft", "lora") else None,
-        "learning_rate": options.learning_rate or LEARNING_RATES[method],
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
+        "recipe": options.recipe,
         "train_size": options.train_size,
-        "sequence_length": options.sequence_length,
+        **{name: getattr(options, name) or default for name, default in defaults.items()},
     }
 
 
@@ -124,8 +133,10 @@ def measure(settings, data_dir) -> dict:
     keras.utils.set_random_seed(settings["seed"])
     task = settings["task"]
     data, validation = load_task(task, data_dir, settings["train_size"], settings["seed"])
-    classifier = make_classifier(settings["preset"], data, settings["sequence_length"])
-    apply_method(classifier, settings["method"], settings["kernel_size"], settings["rank"])
+    recipe = PAPER_RECIPES[task] if settings["recipe"] else None
+    head = {"dropout": recipe["head_dropout"]} if recipe else {}
+    classifier = make_classifier(settings["preset"], data, settings["sequence_length"], **head)
+    apply_method(classifier, settings["method"], settings["kernel_size"], settings["rank"], recipe)
     seconds = train(classifier, data, settings)
     metrics = {}
     for suffix, (texts, labels) in validation.items():
@@ -157,19 +168,29 @@ def load_task(task, data_dir, train_size, seed):
 
 
 def train(classifier, data, settings) -> float:
-    """Trains with Adam and a linear decay; returns the seconds that `fit` took."""
+    """Trains with Adam and a linear decay, or as the paper; returns the seconds of `fit`."""
     dataset = batches(data.train_texts, data.train_labels, settings["batch_size"], settings["seed"])
-    schedule = linear_decay(settings["learning_rate"], settings["epochs"] * len(dataset))
+    steps = settings["epochs"] * len(dataset)
     if data.classes:
         loss, metric = keras.losses.SparseCategoricalCrossentropy(from_logits=True), "accuracy"
     else:
         loss, metric = keras.losses.MeanSquaredError(), "mean_absolute_error"
-    optimizer = keras.optimizers.Adam(schedule)
+    if settings["recipe"]:
+        optimizer = paper_optimizer(PAPER_RECIPES[settings["task"]], settings, steps)
+    else:
+        optimizer = keras.optimizers.Adam(linear_decay(settings["learning_rate"], steps))
     classifier.compile(optimizer=optimizer, loss=loss, metrics=[metric])
     build_optimizer(classifier)
     start = time.perf_counter()
     classifier.fit(dataset, epochs=settings["epochs"], shuffle=False, verbose=progress_verbosity())
     return time.perf_counter() - start
+
+
+def paper_optimizer(recipe, settings, steps):
+    """AdamW with the authors' warm-up, which takes half of a training that is too short for it."""
+    share = recipe.get("warmup_share", min(recipe.get("warmup_steps", 0) / steps, 0.5))
+    schedule = LinearWarmupDecay(settings["learning_rate"], steps, warmup_share=share)
+    return keras.optimizers.AdamW(schedule, weight_decay=recipe["weight_decay"])
 
 
 # --- metrics ---
@@ -253,13 +274,21 @@ def parse_options(arguments=None):
     add("--kernel-size", type=positive_int, default=8)
     add("--rank", type=positive_int, default=1)
     add("--learning-rate", type=positive_float, help="without it by method: " + str(LEARNING_RATES))
-    add("--epochs", type=positive_int, default=3)
-    add("--batch-size", type=positive_int, default=32)
+    add("--recipe", choices=["paper"], help="the authors' settings by task, for dcft")
+    add("--epochs", type=positive_int, help="without it 3, or the recipe's")
+    add("--batch-size", type=positive_int, help="without it 32")
     add("--train-size", type=positive_int, help="the most training examples to use")
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--sequence-length", type=positive_int, help="without it long enough for the data")
+    add("--sequence-length", type=positive_int, help="without it as the data, or the recipe, wants")
     add("--output", default="finetuned/glue.jsonl", help="JSON lines file, appended to")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.recipe:
+        strange = [task for task in options.task if task not in {*PAPER_RECIPES, "all"}]
+        if strange:
+            parser.error(f"the paper has no recipe for --task {strange[0]}")
+        if options.method != ["dcft"]:
+            parser.error("--recipe paper is for --method dcft")
+    return options
 
 
 if __name__ == "__main__":

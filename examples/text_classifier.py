@@ -7,16 +7,17 @@ import tensorflow as tf
 LONGEST_SEQUENCE = 128
 
 
-def make_classifier(preset, data, sequence_length=None):
+def make_classifier(preset, data, sequence_length=None, **arguments):
     """A KerasHub text classifier for the data, or a regression with one output.
 
     Args:
         preset: a KerasHub preset, or a folder with one.
         data: `TextData`.
         sequence_length: int, or None for one just long enough for the data.
+        arguments: further ones of the task.
     """
     classifier = keras_hub.models.TextClassifier.from_preset(
-        str(preset), num_classes=len(data.classes) or 1
+        str(preset), num_classes=len(data.classes) or 1, **arguments
     )
     # Keras says a page about positions that an encoder does not have.
     longest = getattr(classifier.backbone, "max_sequence_length", None)

@@ -10,11 +10,11 @@ from keras_dcft.layers.einsum_dense import DCFTEinsumDense
 from keras_dcft.layers.embeddings import DCFTEmbedding, DCFTReversibleEmbedding
 from keras_dcft.peft_export import export_to_peft
 from keras_dcft.peft_import import import_from_peft
+from keras_dcft.recipes import PAPER_RECIPES
 from keras_dcft.regularizers import Orthonormality
 from keras_dcft.report import dcft_summary
 from keras_dcft.schedules import LinearWarmupDecay
 from keras_dcft.verbs import (
-    PAPER_RECIPE,
     activate_dcft,
     convert_to_lora,
     dcft_disabled,
@@ -27,7 +27,7 @@ from keras_dcft.verbs import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "PAPER_RECIPE",
+    "PAPER_RECIPES",
     "AdapterBank",
     "DCFTCheckpoint",
     "DCFTDense",

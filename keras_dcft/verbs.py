@@ -28,18 +28,6 @@ from keras_dcft.settings import (
 )
 from keras_dcft.shares import DEFAULT_NAME
 
-PAPER_START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
-
-# The authors' arguments, `enable_dcft(model, kernel_size=2, **PAPER_RECIPE)`. They train with
-# AdamW at a `LinearWarmupDecay` up to 8e-4 to 1e-3.
-PAPER_RECIPE = {
-    "rank": 1,
-    "alpha": 4.0,
-    "orthogonality": 0.1,
-    "factor_initializer": PAPER_START,
-    "filter_initializer": PAPER_START,
-}
-
 
 def enable_dcft(
     model: keras.Model,

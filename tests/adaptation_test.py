@@ -17,7 +17,7 @@ from tools import (
     vectors,
 )
 
-from keras_dcft import PAPER_RECIPE, DCFTDense, DCFTEinsumDense, enable_dcft, remove_dcft
+from keras_dcft import PAPER_RECIPES, DCFTDense, DCFTEinsumDense, enable_dcft, remove_dcft
 from keras_dcft.adapter import ADAPTER_VARIABLES
 from keras_dcft.layers.base import DCFTLayer
 from keras_dcft.paths import walk
@@ -175,12 +175,35 @@ def test_orthogonality_is_the_papers_regulariser():
     assert float(sum(model.losses)) == pytest.approx(0.1 / (2 * 2) * distance, rel=1e-5)
 
 
-def test_the_papers_recipe():
+# Of the authors' scripts for DeBERTaV3-base: scale and gamma.
+SCALES = {
+    "cola": (32 / 3, 0.1),
+    "mnli": (16 / 3, 0.1),
+    "mrpc": (16, 0.1),
+    "qnli": (16, 0.1),
+    "qqp": (8, 0.1),
+    "rte": (16, 0.3),
+    "sst2": (8, 0.1),
+    "stsb": (16, 0.3),
+}
+
+
+def test_there_is_a_recipe_for_each_task_of_the_paper():
+    assert set(PAPER_RECIPES) == set(SCALES)
+    sst2 = PAPER_RECIPES["sst2"]
+    assert (sst2["learning_rate"], sst2["epochs"], sst2["warmup_steps"]) == (8e-4, 24, 1000)
+    assert (sst2["weight_decay"], sst2["head_dropout"], sst2["sequence_length"]) == (0.01, 0, 128)
+    assert PAPER_RECIPES["mrpc"]["warmup_share"] == 0.1
+
+
+@pytest.mark.parametrize("task", SCALES)
+def test_the_papers_recipes(task):
     model = sequential()
-    enable_dcft(model, kernel_size=4, **PAPER_RECIPE)
-    assert model.dcft_config["orthogonality"] == 0.1
-    assert [layer.dcft_settings.scale for layer in adapted_layers(model)] == [4.0, 4.0]
+    enable_dcft(model, kernel_size=4, **PAPER_RECIPES[task]["arguments"])
+    scale, gamma = SCALES[task]
+    assert model.dcft_config["orthogonality"] == gamma
     for layer in adapted_layers(model):
+        assert layer.dcft_settings.scale == pytest.approx(scale)
         assert (
             layer.dcft_settings.factor_initializer.stddev
             == layer.dcft_settings.filter_initializer.stddev

@@ -153,6 +153,7 @@ def test_a_line_has_settings_and_results_and_both_of_mnlis_splits(arguments, pre
         "preset": preset,
         "kernel_size": 4,
         "rank": 1,
+        "recipe": None,
         "learning_rate": 5e-3,
         "epochs": 1,
         "batch_size": 12,
@@ -161,6 +162,41 @@ def test_a_line_has_settings_and_results_and_both_of_mnlis_splits(arguments, pre
         "train_examples": 12,
         "held_out_examples": 2 * VALIDATION_ROWS,
     }
+
+
+def test_the_papers_recipe_is_followed(arguments, preset, tmp_path, monkeypatch):
+    trained = []
+    train = finetune_glue.train
+
+    def watched(classifier, data, settings):
+        seconds = train(classifier, data, settings)
+        trained.append(classifier)
+        return seconds
+
+    monkeypatch.setattr(finetune_glue, "train", watched)
+    main(["--task", "rte", *arguments, "--recipe", "paper", "--sequence-length", "8"])
+    (run,) = lines(tmp_path)
+    assert (run["recipe"], run["learning_rate"], run["epochs"]) == ("paper", 1.2e-3, 1)
+    [classifier] = trained
+    config = classifier.dcft_config
+    assert (config["alpha"], config["orthogonality"]) == (16.0, 0.3)
+    assert config["trainable_layers"] == ["pooled_dense"]
+    assert len(config["layers"]) == 2 * 6
+    assert classifier.dropout == 0.2
+    optimizer = classifier.optimizer
+    assert type(optimizer).__name__ == "AdamW"
+    assert optimizer.weight_decay == 0.01
+    schedule = keras.saving.deserialize_keras_object(optimizer.get_config()["learning_rate"])
+    # Two steps: too few for the authors' 200 of warm-up.
+    assert (schedule.peak_learning_rate, schedule.steps) == (1.2e-3, 2)
+    assert schedule.warmup_share == 0.5
+    options = parse_options(["--task", "rte", "--recipe", "paper", "--preset", preset])
+    settings = settings_of("rte", 0, "dcft", options)
+    assert (settings["epochs"], settings["batch_size"], settings["sequence_length"]) == (
+        50,
+        32,
+        320,
+    )
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was_cut_off(arguments, tmp_path, capsys):
@@ -197,6 +233,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_cut_off(arguments, tmp_path, 
         ("head", ["--epochs", "2"], True),
         ("head", ["--batch-size", "2"], True),
         ("head", ["--train-size", "20"], True),
+        ("dcft", ["--recipe", "paper"], True),
         ("head", ["--sequence-length", "4"], True),
         ("head", ["--preset", "other"], True),
         ("head", ["--seeds", "1"], True),
@@ -256,6 +293,8 @@ def test_the_table_has_mean_and_deviation_over_seeds(arguments, tmp_path, capsys
         (["--kernel-size", "1000"], "`kernel_size` must not be larger"),
         (["--sequence-length", "13"], "must be at most the preset's 12. Received: 13"),
         (["--output", "/"], "Is a directory: '/'"),
+        (["--recipe", "paper", "--task", "wnli"], "no recipe for --task wnli"),
+        (["--recipe", "paper", "--method", "lora"], "--recipe paper is for --method dcft"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(changed, message, arguments, capsys):

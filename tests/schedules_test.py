@@ -13,6 +13,17 @@ def test_it_rises_and_falls_in_straight_lines():
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
 
+def test_warm_up_by_steps_is_that_by_their_share():
+    by_steps = LinearWarmupDecay(0.8, steps=50, warmup_steps=10)
+    by_share = LinearWarmupDecay(0.8, steps=50, warmup_share=0.2)
+    again = LinearWarmupDecay.from_config(by_steps.get_config())
+    for step in range(60):
+        rates = [float(schedule(step)) for schedule in (by_share, by_steps, again)]
+        np.testing.assert_allclose(rates[1:], rates[0], atol=1e-7)
+    with pytest.raises(ValueError, match=r"Received: warmup_share=0\.1, warmup_steps=10"):
+        LinearWarmupDecay(0.8, steps=50, warmup_share=0.1, warmup_steps=10)
+
+
 def test_training_follows_it():
     """SGD on a constant gradient of one moves a number by the sum of the rates."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
@@ -38,6 +49,7 @@ def test_a_compiled_model_comes_back_with_it(tmp_path):
         "peak_learning_rate": 1e-3,
         "steps": 30,
         "warmup_share": 0.25,
+        "warmup_steps": None,
     }
 
 
@@ -53,7 +65,10 @@ def test_a_compiled_model_comes_back_with_it(tmp_path):
         ({"steps": 10.0}, TypeError),
         ({"warmup_share": 0}, ValueError),
         ({"warmup_share": 1.0}, ValueError),
-        ({"warmup_share": None}, TypeError),
+        ({"warmup_share": "0.1"}, TypeError),
+        ({"warmup_steps": 0}, ValueError),
+        ({"warmup_steps": 10}, ValueError),
+        ({"warmup_steps": 2.0}, TypeError),
     ],
 )
 def test_bad_arguments_are_named(arguments, error):
