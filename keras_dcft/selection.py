@@ -113,6 +113,10 @@ def diversion_of(layer):
     return getattr(_own, "calls_of", {}).get(id(layer))
 
 
+class Call:
+    """One call of `predict`, `generate` or the like, to which can be tied what is good for one."""
+
+
 class _Calls:
     """Many calls at a time, or one change of the model, for which new calls wait."""
 
@@ -120,6 +124,20 @@ class _Calls:
         self._free = threading.Condition(threading.RLock())
         self._running = {}
         self._waiting = 0
+        self._own = threading.local()
+
+    def present(self) -> Call | None:
+        """The outermost call that this thread is in."""
+        return getattr(self._own, "call", None)
+
+    @contextlib.contextmanager
+    def _present(self):
+        outside = self.present()
+        self._own.call = outside or Call()
+        try:
+            yield
+        finally:
+            self._own.call = outside
 
     @contextlib.contextmanager
     def running(self):
@@ -132,7 +150,8 @@ class _Calls:
                 self._free.wait_for(lambda: not self._waiting or own in self._running)
                 self._running[own] = self._running.get(own, 0) + 1
             try:
-                yield
+                with self._present():
+                    yield
             finally:
                 with self._free:
                     self._running[own] -= 1

@@ -1,14 +1,16 @@
 """PyTorch's product of base and increment in one equals the plain path, gradients too."""
 
 import contextlib
+import threading
 
 import keras
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tools import array, randomize_adapters, sequential, vectors
 
-from keras_dcft import DCFTDense, DCFTEinsumDense
+from keras_dcft import DCFTDense, DCFTEinsumDense, dcft_disabled, enable_dcft
 from keras_dcft.layers import base
 
 torch = pytest.importorskip("torch")
@@ -195,3 +197,87 @@ def test_checkpointing_computes_it_again():
     gradient, inputs.grad = inputs.grad, None
     layer(inputs).sum().backward()
     torch.testing.assert_close(gradient, inputs.grad)
+
+
+@contextlib.contextmanager
+def counted(monkeypatch):
+    """How often thin factors are made."""
+    calls, make = [], base.fused._thin_factors
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return make(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base.fused, "_thin_factors", counting)
+        yield calls
+
+
+def adapted_model(**arguments):
+    model = enable_dcft(sequential(), kernel_size=4, **arguments)
+    randomize_adapters(model)
+    return model
+
+
+def test_a_call_of_predict_makes_thin_factors_once(monkeypatch):
+    model, inputs = adapted_model(), vectors(12)
+    expected = array(model(inputs))
+    with counted(monkeypatch) as calls:
+        outputs = model.predict(inputs, batch_size=2, verbose=0)
+        assert len(calls) == 2  # layers
+        model.predict(inputs, batch_size=2, verbose=0)
+        assert len(calls) == 4
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-6)
+    assert not base.fused._factors_of_calls
+
+
+def test_what_is_assigned_in_between_is_seen_at_once():
+    model, inputs = adapted_model(), vectors(12)
+    layers = [model.layers[0], model.layers[2]]
+
+    def change():
+        for layer in layers:
+            layer.dcft_b.assign(2 * layer.dcft_b)
+
+    expected = []
+    for start in range(0, 12, 4):
+        expected.append(array(model(inputs[start : start + 4])))
+        change()
+    for layer in layers:
+        layer.dcft_b.assign(layer.dcft_b / 8)
+
+    class Changes(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join()
+
+    outputs = model.predict(inputs, batch_size=4, callbacks=[Changes()], verbose=0)
+    np.testing.assert_allclose(outputs, np.concatenate(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_written_behind_pytorchs_back_is_seen_by_the_next_call():
+    model, inputs = adapted_model(), vectors(4)
+    model.predict(inputs, verbose=0)
+    model.layers[0].dcft_b.value.data *= 2  # which counts no version up
+    np.testing.assert_allclose(
+        model.predict(inputs, verbose=0), array(model(inputs)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_switching_off_and_activating_are_seen_inside_of_a_call():
+    model, inputs = adapted_model(), vectors(8)
+    expected = array(model(inputs[:4]))
+    with dcft_disabled(model):
+        base_outputs = array(model(inputs[4:]))
+
+    class SwitchesOff(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            self.block = dcft_disabled(model)
+            self.block.__enter__()
+
+        def on_predict_end(self, logs=None):
+            self.block.__exit__(None, None, None)
+
+    outputs = model.predict(inputs, batch_size=4, callbacks=[SwitchesOff()], verbose=0)
+    np.testing.assert_allclose(outputs, np.concatenate([expected, base_outputs]), atol=1e-6)
