@@ -19,7 +19,7 @@ def run(what, folder, *arguments, killed=None):
     (port,) = free_ports(1)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     environments = [{**shared, "RANK": str(rank)} for rank in range(2)]
-    run_workers("ddp_worker.py", environments, what, folder, *arguments, killed=killed)
+    run_workers("ddp_worker", environments, folder, what, *arguments, killed=killed)
     if killed is None:
         return [json.loads((folder / f"{what}{rank}.json").read_text()) for rank in range(2)]
 
@@ -30,6 +30,7 @@ def one_process(what):
 
     model = adapted_classifier(what)
     inputs, labels = data(model)
+    model.preprocessor = None  # a task's steps would do again what `data` has done
     losses = []
     for epoch in range(EPOCHS):
         order = np.random.default_rng(epoch).permutation(len(labels))

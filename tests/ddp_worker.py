@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -147,13 +146,12 @@ def with_checkpoint(folder, killed):
     return train(module, inputs, labels, EPOCHS, BATCH_SIZE, [*callbacks, *killed])
 
 
-if __name__ == "__main__":
-    what, folder = sys.argv[1], Path(sys.argv[2])
+def main(folder, what, *arguments):
     dist.init_process_group("gloo")
     if what == "undisturbed":
         seen = undisturbed(folder)
     else:
-        killed = [Killed()] if sys.argv[3] == "killed" and dist.get_rank() == 1 else []
+        killed = [Killed()] if arguments == ("killed",) and dist.get_rank() == 1 else []
         seen = {"backup": with_backup, "checkpoint": with_checkpoint}[what](folder, killed)
     (folder / f"{what}{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()

@@ -107,9 +107,9 @@ def assert_is_as_on_one_device(seen, folder, model):
 
 
 def test_fit_on_two_devices_killed_and_restarted_is_as_on_one(tmp_path):
-    program = "strategy_worker.py"
-    run_workers(program, [{}], "checkpoint", tmp_path, 0, killed=0)
-    run_workers(program, [{}], "checkpoint", tmp_path, -1)
+    program = "strategy_worker"
+    run_workers(program, [{}], tmp_path, "checkpoint", 0, killed=0)
+    run_workers(program, [{}], tmp_path, "checkpoint", -1)
     seen = json.loads((tmp_path / "0.json").read_text())
     model, losses = one_device(keras.optimizers.SGD(0.1), [np.arange(16)] * 4)
     epochs = np.reshape(losses, (4, 2)).mean(1)
@@ -126,9 +126,9 @@ def environments():
 
 
 def test_a_loop_in_two_processes_killed_and_restarted_is_as_in_one(tmp_path):
-    program = "strategy_worker.py"
-    run_workers(program, environments(), "backup", tmp_path, 1, killed=1)
-    run_workers(program, environments(), "backup", tmp_path, -1)
+    program = "strategy_worker"
+    run_workers(program, environments(), tmp_path, "backup", 1, killed=1)
+    run_workers(program, environments(), tmp_path, "backup", -1)
     first, second = (json.loads((tmp_path / f"{worker}.json").read_text()) for worker in range(2))
     orders = [np.random.default_rng(epoch).permutation(16) for epoch in range(4)]
     model, losses = one_device(keras.optimizers.Adam(0.03), orders)

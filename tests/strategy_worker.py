@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -137,7 +136,7 @@ def verbs(model, base, path):
     return {"zero": seen, "trained": is_trained, "losses": losses}
 
 
-def main(what, folder, number):
+def main(folder, what, number):
     with strategy.scope():
         model = adapted_model(what)
     inputs, _ = DATA
@@ -158,7 +157,3 @@ def main(what, folder, number):
         merge_dcft(model)
     seen["merged"] = float(np.abs(array(model(inputs)) - outputs).max())
     (folder / f"{worker}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

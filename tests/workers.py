@@ -1,15 +1,21 @@
 """Starting the processes of one distributed training on this machine."""
 
+import importlib
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import keras
+import pytest
 
 SECONDS = 300  # after which a process is taken to hang: some twenty times what it needs
+
+# Each process is forked from one that has imported what all need and computed nothing: importing
+# takes longer than all that they do.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tools"])
 
 
 def free_ports(number):
@@ -24,41 +30,44 @@ def free_ports(number):
             one.close()
 
 
-def run_workers(program, environments, *arguments, killed=None):
+def run_workers(program, environments, folder, *arguments, killed=None):
     """Runs a program in one process for each environment, and waits for all.
 
     Args:
-        program: str, the name of a program in this folder.
+        program: str, the name of a module in this folder, with a function `main`.
         environments: list of dicts.
-        arguments: what each process is given.
+        folder: path, where what each process prints is written, too.
+        arguments: what `main` is given after the folder.
         killed: int, the process that kills itself. The others are then killed too if they do not
             end by themselves, as whoever starts such processes does.
-
-    Returns:
-        list of what each has printed.
     """
-    path = Path(__file__).with_name(program)
     workers = [
-        subprocess.Popen(
-            [sys.executable, path, *map(str, arguments)],
-            env={**os.environ, "KERAS_BACKEND": keras.backend.backend(), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        PROCESSES.Process(
+            target=_run, args=(program, environment, folder / f"{number}.log", folder, *arguments)
         )
-        for environment in environments
+        for number, environment in enumerate(environments)
     ]
     try:
-        if killed is not None:
-            printed, _ = workers[killed].communicate(timeout=SECONDS)
-            assert workers[killed].returncode == -signal.SIGKILL, printed
-            return []
-        printed = [worker.communicate(timeout=SECONDS)[0] for worker in workers]
-        for worker, text in zip(workers, printed):
-            assert worker.returncode == 0, text
-        return printed
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("KERAS_BACKEND", keras.backend.backend())
+            # Else Python 3.11 imports nothing beforehand.
+            environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+            for worker in workers:
+                worker.start()
+        for number in range(len(workers)) if killed is None else [killed]:
+            workers[number].join(SECONDS)
+            code = 0 if killed is None else -signal.SIGKILL
+            assert workers[number].exitcode == code, (folder / f"{number}.log").read_text()
     finally:
         for worker in workers:
-            if worker.poll() is None:
+            if worker.is_alive():
                 worker.kill()
-                worker.communicate()
+                worker.join()
+
+
+def _run(program, environment, log, *arguments):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    importlib.import_module(program).main(*arguments)
