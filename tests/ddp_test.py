@@ -1,4 +1,4 @@
-"""PyTorch's DistributedDataParallel around adapted models: two processes on loopback."""
+"""PyTorch's DistributedDataParallel and FSDP on adapted models: two processes on loopback."""
 
 import json
 
@@ -71,6 +71,22 @@ def test_two_processes_train_as_one_and_send_only_what_is_trained(tmp_path):
     for one in (restored, loaded):
         np.testing.assert_array_equal(array(one(inputs).detach()), outputs)
         assert np.abs(array(merge_dcft(one)(inputs).detach()) - outputs).max() < 1e-6
+
+
+def test_a_base_in_parts_trains_as_a_whole_one(tmp_path):
+    first, second = run("sharded", tmp_path)
+    model, inputs, losses = one_process("sharded")
+    assert first["losses"] == second["losses"] == pytest.approx(losses, rel=1e-5)
+    outputs, *of_first = np.load(tmp_path / "0.npz").values()
+    _, *of_second = np.load(tmp_path / "1.npz").values()
+    assert max(differences(of_first, of_second)) == 0
+    assert max(differences(of_first, values(model.trainable_variables))) < 1e-5
+    for seen in (first, second):
+        before, cut, trained, written = seen["held"]
+        assert before - cut == pytest.approx(seen["base"] / 2, rel=0.01)
+        assert max(trained, written) <= cut
+    loaded = load_dcft_weights(remove_dcft(model), tmp_path / "0.dcft.safetensors")
+    np.testing.assert_array_equal(array(loaded(inputs).detach()), outputs)
 
 
 @pytest.mark.parametrize("what", ["backup", "checkpoint"])

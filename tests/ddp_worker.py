@@ -1,5 +1,6 @@
-"""One process of a training with PyTorch's DistributedDataParallel; `ddp_test.py` starts them."""
+"""One process of a training with several of PyTorch's; `ddp_test.py` starts them."""
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from tools import LABELS, TEXTS, array, bert_classifier, values
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keras_dcft import (
@@ -28,9 +31,9 @@ from keras_dcft import (
 EPOCHS, BATCH_SIZE = 4, 8
 
 
-def train(module, inputs, labels, epochs, batch_size, callbacks=()):
-    """Trains an adapted, compiled Keras model inside of a DistributedDataParallel."""
-    model, rank, processes = module.module, dist.get_rank(), dist.get_world_size()
+def train(model, module, inputs, labels, epochs, batch_size, callbacks=()):
+    """Trains an adapted, compiled Keras model; `module` calls it and averages gradients."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
     variables = model.trainable_variables
     callbacks = keras.callbacks.CallbackList(callbacks, model=model)
     callbacks.on_train_begin()
@@ -54,6 +57,29 @@ def train(module, inputs, labels, epochs, batch_size, callbacks=()):
         callbacks.on_epoch_end(epoch, {"loss": np.mean(losses[-steps:])})
     callbacks.on_train_end()
     return losses
+
+
+def shard_base(model, blocks, mesh):
+    """Cuts the frozen weights of blocks into parts, and averages the gradients of the others."""
+    for block in blocks:
+        frozen = [v for v in block.weights if not v.trainable]
+        whole = {v.value for v in block.variables} - {v.value for v in frozen}
+        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+        block.unshard()
+        for variable in frozen:  # from now on what is gathered whenever the block computes
+            variable._value = block.torch_params[variable.path]
+        block.reshard()
+    in_blocks = {id(layer) for block in blocks for layer in block._flatten_layers()}
+    for layer in model._flatten_layers():  # the layers around have the uncut weights still
+        if id(layer) not in in_blocks:
+            layer.torch_params.update({v.path: v.value for v in layer.variables})
+
+    def average(parameter):
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+    for variable in model.trainable_variables:
+        variable.value.register_post_accumulate_grad_hook(average)
 
 
 def adapted_classifier(what):
@@ -86,7 +112,7 @@ def undisturbed(folder):
         return allreduce_hook(dist.group.WORLD, bucket)
 
     module.register_comm_hook(None, counted)
-    seen = {"losses": train(module, inputs, labels, EPOCHS, BATCH_SIZE), "sent": sent}
+    seen = {"losses": train(model, module, inputs, labels, EPOCHS, BATCH_SIZE), "sent": sent}
     if rank == 0:
         save_dcft_weights(model, folder / "a.dcft.safetensors")
         model.save(folder / "m.keras")
@@ -98,7 +124,7 @@ def undisturbed(folder):
     enable_dcft(model, kernel_size=8, name="other")
     activate_dcft(model, "other")
     module = DistributedDataParallel(model)
-    seen["losses of the other"] = train(module, inputs, labels, 1, BATCH_SIZE)
+    seen["losses of the other"] = train(model, module, inputs, labels, 1, BATCH_SIZE)
     seen["others"] = [array(v).tolist() for v in model.trainable_variables]
     activate_dcft(model, "default")
     seen["activated"] = float(np.abs(array(model(inputs).detach()) - outputs).max())
@@ -109,6 +135,39 @@ def undisturbed(folder):
     seen["loaded"] = float(np.abs(array(model(inputs).detach()) - outputs).max())
     merge_dcft(model)
     seen["merged"] = float(np.abs(array(model(inputs).detach()) - outputs).max())
+    return seen
+
+
+def bytes_held():
+    """Of all tensors that this process has."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def sharded(folder):
+    """Trains with a base of which each process has its part."""
+    rank = dist.get_rank()
+    model = adapted_classifier("sharded")
+    inputs, labels = data(model)
+    blocks = [layer for layer in model.backbone.layers if hasattr(layer, "intermediate_dim")]
+    base = [v for block in blocks for v in block.weights if not v.trainable]
+    model.optimizer.build(model.trainable_variables)
+    seen = {"base": sum(v.value.nbytes for v in base), "held": [bytes_held()]}
+    shard_base(model, blocks, init_device_mesh("cpu", (dist.get_world_size(),)))
+    seen["held"].append(bytes_held())
+    seen["losses"] = train(model, model, inputs, labels, EPOCHS, BATCH_SIZE)
+    model.zero_grad()
+    seen["held"].append(bytes_held())
+    outputs = array(model(inputs).detach())
+    np.savez(folder / f"{rank}.npz", outputs, *values(model.trainable_variables))
+    for block in blocks:
+        block.unshard()
+    save_dcft_weights(model, folder / f"{rank}.dcft.safetensors")
+    for block in blocks:
+        block.reshard()
+    seen["held"].append(bytes_held())
     return seen
 
 
@@ -129,7 +188,7 @@ def with_backup(folder, killed):
         folder / "backup", save_freq, delete_checkpoint=rank == 0
     )
     module = DistributedDataParallel(model)
-    return train(module, *data(model), EPOCHS, BATCH_SIZE, [backup, *killed])
+    return train(model, module, *data(model), EPOCHS, BATCH_SIZE, [backup, *killed])
 
 
 def with_checkpoint(folder, killed):
@@ -143,13 +202,13 @@ def with_checkpoint(folder, killed):
         model.optimizer.iterations.assign(read_dcft_notes(path)["notes"]["epoch"] * steps)
     callbacks = [DCFTCheckpoint(path)] if dist.get_rank() == 0 else []
     module = DistributedDataParallel(model)
-    return train(module, inputs, labels, EPOCHS, BATCH_SIZE, [*callbacks, *killed])
+    return train(model, module, inputs, labels, EPOCHS, BATCH_SIZE, [*callbacks, *killed])
 
 
 def main(folder, what, *arguments):
     dist.init_process_group("gloo")
-    if what == "undisturbed":
-        seen = undisturbed(folder)
+    if what in ("undisturbed", "sharded"):
+        seen = {"undisturbed": undisturbed, "sharded": sharded}[what](folder)
     else:
         killed = [Killed()] if arguments == ("killed",) and dist.get_rank() == 1 else []
         seen = {"backup": with_backup, "checkpoint": with_checkpoint}[what](folder, killed)
