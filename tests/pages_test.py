@@ -1,9 +1,11 @@
 """Pages have the figures that were measured."""
 
+import ast
 import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from keras_dcft.transformers_names import FAMILIES
@@ -59,3 +61,14 @@ def test_the_page_on_transformers_lists_every_layer():
         for task, head in family.heads.items():
             assert f"`{task}`" in part
             assert all(f"`{module}` is `{path}`" in part for module, path in head.items())
+
+
+@pytest.mark.parametrize(
+    ("program", "function"),
+    [("strategy_worker", "train"), ("ddp_worker", "train"), ("ddp_worker", "shard_base")],
+)
+def test_the_page_on_devices_has_the_loops_that_the_tests_run(program, function):
+    page = (ROOT / "docs" / "devices.md").read_text()
+    text = (ROOT / "tests" / f"{program}.py").read_text()
+    (found,) = (node for node in ast.parse(text).body if getattr(node, "name", None) == function)
+    assert f"```python\n{ast.get_source_segment(text, found)}\n```" in page
