@@ -1,0 +1,335 @@
+"""Fine-tunes a causal language model with DCFT on a mesh of devices, with JAX.
+
+    python examples/finetune_on_many_devices.py                        # 8 virtual devices of a CPU
+    python examples/finetune_on_many_devices.py --mesh 4x2 --shard-adapters
+    python examples/finetune_on_many_devices.py --preset gemma2_2b_en --mesh 1x8 --dtype bfloat16
+    python examples/finetune_on_many_devices.py --preset gemma2_27b_en --cluster --only-on-mesh
+
+The same program runs on a CPU, several GPUs and a TPU pod. Without a preset it takes a small Gemma
+with random weights. KerasHub's own layout map cuts the base over a mesh of data-parallel x
+model-parallel devices; `enable_dcft` adapts it where it lies, and each device has all adapters or,
+with `--shard-adapters`, its part. It trains through `model.fit` on NumPy's docstrings or on files,
+prints how everything lies and what each device holds, writes the adapter file and loads it again
+into the model on one device, where losses and outputs must be the same.
+
+On a cluster, start it with `--cluster` once for each process: on a TPU pod nothing else is needed,
+elsewhere `keras.distribution.initialize` reads `KERAS_DISTRIBUTION_JOB_ADDRESSES` and the like.
+"""
+
+import argparse
+import collections
+import math
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+from command_line import (
+    OneLineParser,
+    positive_float,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+)
+from corpora import docstring_corpus, file_corpus, read_text
+from methods import LEARNING_RATES
+from small_gpt2 import byte_pair_tokenizer
+
+from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights, shard_adapters
+
+AXES = ("batch", "model")
+VIRTUAL_DEVICES = 8
+SMALL_GEMMA = {
+    "vocabulary_size": 1024,
+    "num_layers": 2,
+    "num_query_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 16,
+    "hidden_dim": 128,
+    "intermediate_dim": 256,
+}
+HELD_OUT_TEXTS = 64
+
+
+def main(arguments=None):
+    run_or_exit(run, parse_options(arguments))
+
+
+def run(options):
+    devices = start_devices(options)
+    texts = {path: read_text(path) for path in options.text_file}
+    corpus = None if texts else docstring_corpus(("numpy",), options.seed)
+    make = model_maker(options, list(texts.values()) or corpus.train)
+    mesh = keras.distribution.DeviceMesh(mesh_shape(options, len(devices)), AXES, devices)
+    if options.batch_size % mesh.shape[0]:
+        raise ValueError(
+            f"--batch-size must be a multiple of the mesh's first axis, {mesh.shape[0]}. "
+            f"Received: {options.batch_size}"
+        )
+    say(f"Mesh: {' x '.join(map(str, mesh.shape))} of {devices[0]} to {devices[-1]}, {AXES}.")
+
+    distribution, model = adapted_on(mesh, make, options)
+    if texts:
+        # The start token takes one place.
+        corpus = file_corpus(texts, model.preprocessor.tokenizer, options.sequence_length - 1)
+    batches = batches_of(corpus.train[: options.train_size], options)
+    held_out = batches_of(corpus.held_out[:HELD_OUT_TEXTS], options)
+    with distribution.scope():
+        losses = {"held out, before": held_out_loss(model, held_out)}
+        trained = fit(model, batches, options)
+        losses.update({f"epoch {n}": loss for n, loss in enumerate(trained, 1)})
+        losses["held out, after"] = held_out_loss(model, held_out)
+        say("\n" + layout_table(model), "\n" + memory_table(model), sep="\n")
+        path = Path(options.output_dir, "adapter.dcft.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_dcft_weights(model, path)
+        logits = None if is_cluster() else predict(model, held_out)
+    difference = None
+    if not options.only_on_mesh and is_first():
+        alone = load_dcft_weights(make(), path)
+        compile_model(alone, options)
+        losses["held out, on one device"] = held_out_loss(alone, held_out)
+        if logits is not None:
+            difference = np.abs(predict(alone, held_out) - logits).max() / np.abs(logits).max()
+    say(f"\n{'Loss':<28}")
+    for name, loss in losses.items():
+        say(f"  {name:<26}{loss:.5f}")
+    say(f"\nWritten     {path} ({path.stat().st_size / 1e3:,.1f} kB)" if is_first() else "")
+    if difference is not None:
+        say(f"Outputs     differ on one device by {difference:.1e} of the largest")
+    check(losses, difference, options)
+
+
+# --- devices ---
+
+
+def start_devices(options) -> list:
+    """The names of the devices to use, which JAX makes at its first use and no more."""
+    if keras.backend.backend() != "jax":
+        raise ValueError(
+            "`keras.distribution` cuts models with JAX: start this program with "
+            f"KERAS_BACKEND=jax. Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
+    import jax
+
+    # Which has no effect on GPUs and TPUs.
+    processes = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", 1))
+    jax.config.update("jax_num_cpu_devices", (options.devices or VIRTUAL_DEVICES) // processes)
+    if options.cluster:
+        keras.distribution.initialize()
+    found = keras.distribution.list_devices()
+    if len(found) < (options.devices or 1):
+        raise ValueError(f"--devices: there are {len(found)}. Received: {options.devices}")
+    return found[: options.devices]
+
+
+def mesh_shape(options, count) -> tuple:
+    """Two axes, for as many devices as there are."""
+    if options.mesh is None:
+        return (2, count // 2) if count % 2 == 0 else (1, count)
+    if math.prod(options.mesh) != count:
+        raise ValueError(
+            f"--mesh must have as many places as there are devices, {count} (see --devices). "
+            f"Received: {'x'.join(map(str, options.mesh))}"
+        )
+    return options.mesh
+
+
+def is_cluster() -> bool:
+    import jax
+
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and reads back."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def say(*texts, sep=" "):
+    if is_first():
+        print(*texts, sep=sep, flush=True)
+
+
+# --- model and training ---
+
+
+def model_maker(options, texts):
+    """A function that makes the model, on one device or, in a distribution's scope, on many."""
+    keras.config.set_dtype_policy(options.dtype)
+
+    def make():
+        keras.utils.set_random_seed(options.seed)
+        if options.preset is not None:
+            model = keras_hub.models.CausalLM.from_preset(options.preset)
+            model.preprocessor.sequence_length = options.sequence_length
+            return model
+        return keras_hub.models.GemmaCausalLM(
+            backbone=keras_hub.models.GemmaBackbone(**SMALL_GEMMA),
+            # Any tokenizer does for weights that are random.
+            preprocessor=keras_hub.models.GPT2CausalLMPreprocessor(
+                byte_pair_tokenizer(texts, SMALL_GEMMA["vocabulary_size"]),
+                sequence_length=options.sequence_length,
+            ),
+        )
+
+    return make
+
+
+def adapted_on(mesh, make, options):
+    """The distribution of KerasHub's layout map, and an adapted model that was made under it."""
+    backbone = backbone_class(options.preset)
+    layout_map = backbone.get_layout_map(mesh, *reversed(AXES))
+    distribution = keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0])
+    with distribution.scope():
+        model = enable_dcft(make(), kernel_size=options.kernel_size, rank=options.rank)
+        if options.shard_adapters:
+            shard_adapters(layout_map, model)
+        compile_model(model, options)
+    return distribution, model
+
+
+def backbone_class(preset):
+    """The class of a preset's backbone, before there is one: its layout map comes first."""
+    if preset is None:
+        return keras_hub.models.GemmaBackbone
+    with keras.StatelessScope(initialize_variables=False):
+        model = keras_hub.models.Backbone.from_preset(preset, load_weights=False)
+    keras.utils.clear_session()  # which forgets what would be given values at the next chance
+    if not hasattr(type(model), "get_layout_map"):
+        raise ValueError(
+            f"--preset: {type(model).__name__} must have a `get_layout_map`, as Gemma's and "
+            f"Llama's backbones have. Received: {preset}"
+        )
+    return type(model)
+
+
+def compile_model(model, options):
+    model.compile(
+        optimizer=keras.optimizers.Adam(options.learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
+
+
+def batches_of(texts, options):
+    """Whole batches, which can be cut over the mesh's first axis."""
+    if len(texts) < options.batch_size:
+        raise ValueError(
+            f"--batch-size must be at most the number of texts, {len(texts)}. "
+            f"Received: {options.batch_size}"
+        )
+    return tf.data.Dataset.from_tensor_slices(texts).batch(options.batch_size, drop_remainder=True)
+
+
+def fit(model, batches, options) -> list:
+    """Trains; returns the mean loss of each epoch."""
+    trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
+    say(f"Training {trainable:,} of {model.count_params():,} parameters.")
+    verbose = progress_verbosity() if is_first() else 0
+    return model.fit(batches, epochs=options.epochs, shuffle=False, verbose=verbose).history["loss"]
+
+
+def held_out_loss(model, batches) -> float:
+    return model.evaluate(batches, verbose=0, return_dict=True)["loss"]
+
+
+def predict(model, batches):
+    """The logits of the first batch."""
+    inputs, _, _ = model.preprocessor(next(iter(batches)))
+    return keras.Model.predict(model, inputs, verbose=0).astype("float32")
+
+
+# --- report ---
+
+
+def layout_table(model) -> str:
+    """How weights lie: those of one name that lie alike in one line."""
+    kinds = collections.Counter()
+    for variable in model.variables:
+        sharding = variable.value.sharding
+        is_adapter = variable.name.startswith("dcft_")
+        name = "/".join(variable.path.split("/")[-1 if is_adapter else -2 :])
+        axes = ", ".join(axis or "-" for axis in sharding.spec)
+        part, whole = map(math.prod, (sharding.shard_shape(variable.shape), variable.shape))
+        cut = f"by ({axes})" if part < whole else "whole everywhere"
+        kinds[name, cut, f"1/{whole // part}"] += 1
+    lines = [f"{'Weight':<34}{'number':>6}  {'cut':<24}on each device"]
+    for (name, cut, share), number in kinds.items():
+        lines.append(f"{name:<34}{number:>6}  {cut:<24}{share:>14}")
+    return "\n".join(lines)
+
+
+def memory_table(model) -> str:
+    """What the devices of this process hold, and beside it what the whole would be on one."""
+    optimizer = model.optimizer.variables
+    adapters = [v for v in model.variables if v.name.startswith("dcft_")]
+    theirs = {id(v) for v in adapters}
+    base = [v for v in model.variables if id(v) not in theirs]
+    lines = [f"{'Memory':<18}{'each device, MB':>18}{'one alone, MB':>18}"]
+    for name, variables in {"base": base, "adapters": adapters, "optimizer": optimizer}.items():
+        held = collections.Counter()
+        for shard in (s for v in variables for s in v.value.addressable_shards):
+            held[shard.device] += shard.data.nbytes
+        whole = sum(v.value.nbytes for v in variables)
+        lines.append(f"{name:<18}{max(held.values()) / 1e6:>18,.3f}{whole / 1e6:>18,.3f}")
+    peaks = [device.memory_stats() for device in held]
+    if all(peaks):  # a CPU does not count
+        most = max(peak["peak_bytes_in_use"] for peak in peaks)
+        lines.append(f"{'peak':<18}{most / 1e6:>18,.3f}")
+    return "\n".join(lines)
+
+
+def check(losses, difference, options):
+    """Ends the program if one device does not compute what the mesh did."""
+    # Sums in another order round differently.
+    tolerance = 1e-4 if options.dtype == "float32" else 2e-2
+    mesh = losses["held out, after"]
+    alone = losses.get("held out, on one device", mesh)
+    if abs(alone / mesh - 1) > tolerance or (difference or 0) > tolerance:
+        sys.exit("error: the adapter file does not give on one device what the mesh had.")
+
+
+def mesh_sizes(text: str) -> tuple:
+    sizes = tuple(map(positive_int, text.split("x")))
+    if len(sizes) != len(AXES):
+        raise argparse.ArgumentTypeError(f"must be two numbers, such as 2x4. Received: {text}")
+    return sizes
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(
+        description="Fine-tunes a causal language model with DCFT on a mesh of devices.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--mesh", type=mesh_sizes, help="data-parallel x model-parallel (default: two rows)")
+    add("--devices", type=positive_int, help="how many (default: all; of a CPU, 8 virtual ones)")
+    add("--cluster", action="store_true", help="this is one of several processes")
+    add("--shard-adapters", action="store_true", help="cut adapters as their layers' weights are")
+    add("--only-on-mesh", action="store_true", help="the base does not fit one device")
+    add("--preset", help="KerasHub preset or folder (default: a small Gemma, random)")
+    add("--dtype", default="float32", help="of weights and activations, such as bfloat16")
+    add("--text-file", nargs="+", default=[], help="UTF-8 files (default: NumPy's docstrings)")
+    add("--train-size", type=positive_int, help="the first texts alone (default: all)")
+    add("--kernel-size", type=positive_int, default=8)
+    add("--rank", type=positive_int, default=1)
+    add("--epochs", type=positive_int, default=3)
+    add("--batch-size", type=positive_int, default=8)
+    add("--learning-rate", type=positive_float, default=LEARNING_RATES["dcft"])
+    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
+    add("--seed", type=int, default=0)
+    add("--output-dir", default="finetuned/many_devices")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
