@@ -17,6 +17,7 @@ import functools
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -77,7 +78,10 @@ def main():
             if any(asked.items() <= run.items() for run in done):
                 continue
             print(backend, setting, flush=True)
-            result = work(__file__, backend, json.dumps(setting))
+            try:
+                result = work(__file__, backend, json.dumps(setting))
+            except subprocess.CalledProcessError:  # Keras's LoRA on PyTorch, in integers
+                result = {**asked, "failed": True}
             with RESULTS.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
@@ -280,7 +284,7 @@ def training_table(runs) -> str:
     ]
     peaks = {}
     for run in runs:
-        if run["subject"] == TRAINING:
+        if run["subject"] == TRAINING and "failed" not in run:
             key = run["backend"], run["base"], run["base_bytes"], run["tokens"]
             peaks.setdefault(key, {})[run["method"]] = run["peak_bytes"]
     for (backend, base, size, tokens), by_method in peaks.items():

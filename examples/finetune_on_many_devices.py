@@ -62,16 +62,12 @@ def main(arguments=None):
 
 
 def run(options):
-    devices = start_devices(options)
     texts = {path: read_text(path) for path in options.text_file}
+    devices = start_devices(options)
     corpus = None if texts else docstring_corpus(("numpy",), options.seed)
     make = model_maker(options, list(texts.values()) or corpus.train)
-    mesh = keras.distribution.DeviceMesh(mesh_shape(options, len(devices)), AXES, devices)
-    if options.batch_size % mesh.shape[0]:
-        raise ValueError(
-            f"--batch-size must be a multiple of the mesh's first axis, {mesh.shape[0]}. "
-            f"Received: {options.batch_size}"
-        )
+    shape = options.mesh or mesh_shape(len(devices))
+    mesh = keras.distribution.DeviceMesh(shape, AXES, devices)
     say(f"Mesh: {' x '.join(map(str, mesh.shape))} of {devices[0]} to {devices[-1]}, {AXES}.")
 
     distribution, model = adapted_on(mesh, make, options)
@@ -129,16 +125,9 @@ def start_devices(options) -> list:
     return found[: options.devices]
 
 
-def mesh_shape(options, count) -> tuple:
-    """Two axes, for as many devices as there are."""
-    if options.mesh is None:
-        return (2, count // 2) if count % 2 == 0 else (1, count)
-    if math.prod(options.mesh) != count:
-        raise ValueError(
-            f"--mesh must have as many places as there are devices, {count} (see --devices). "
-            f"Received: {'x'.join(map(str, options.mesh))}"
-        )
-    return options.mesh
+def mesh_shape(count) -> tuple:
+    """Two rows, where that many devices make two."""
+    return (2, count // 2) if count % 2 == 0 else (1, count)
 
 
 def is_cluster() -> bool:
@@ -311,8 +300,16 @@ def parse_options(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--mesh", type=mesh_sizes, help="data-parallel x model-parallel (default: two rows)")
-    add("--devices", type=positive_int, help="how many (default: all; of a CPU, 8 virtual ones)")
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        help="data-parallel x model-parallel (default: two rows of all devices)",
+    )
+    add(
+        "--devices",
+        type=positive_int,
+        help="how many (default: as --mesh; else all, 8 virtual ones of a CPU)",
+    )
     add("--cluster", action="store_true", help="this is one of several processes")
     add("--shard-adapters", action="store_true", help="cut adapters as their layers' weights are")
     add("--only-on-mesh", action="store_true", help="the base does not fit one device")
@@ -328,7 +325,21 @@ def parse_options(arguments=None):
     add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
     add("--seed", type=int, default=0)
     add("--output-dir", default="finetuned/many_devices")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.mesh is not None:
+        options.devices = options.devices or math.prod(options.mesh)
+        rows, columns = options.mesh
+        if rows * columns != options.devices:
+            parser.error(
+                f"argument --mesh: must have a place for each of {options.devices} devices. "
+                f"Received: {rows}x{columns}"
+            )
+        if options.batch_size % rows:
+            parser.error(
+                f"argument --batch-size: must be a multiple of the mesh's first size, {rows}. "
+                f"Received: {options.batch_size}"
+            )
+    return options
 
 
 if __name__ == "__main__":
