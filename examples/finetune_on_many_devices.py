@@ -65,17 +65,18 @@ def run(options):
     texts = {path: read_text(path) for path in options.text_file}
     devices = start_devices(options)
     corpus = None if texts else docstring_corpus(("numpy",), options.seed)
-    make = model_maker(options, list(texts.values()) or corpus.train)
+    keras.config.set_dtype_policy(options.dtype)
+    preprocessor = load_preprocessor(options, list(texts.values()) or corpus.train)
+    if texts:
+        # The start token takes one place.
+        corpus = file_corpus(texts, preprocessor.tokenizer, options.sequence_length - 1)
+    batches = batches_of(corpus.train[: options.train_size], preprocessor, options)
+    held_out = batches_of(corpus.held_out[:HELD_OUT_TEXTS], preprocessor, options)
     shape = options.mesh or mesh_shape(len(devices))
     mesh = keras.distribution.DeviceMesh(shape, AXES, devices)
     say(f"Mesh: {' x '.join(map(str, mesh.shape))} of {devices[0]} to {devices[-1]}, {AXES}.")
 
-    distribution, model = adapted_on(mesh, make, options)
-    if texts:
-        # The start token takes one place.
-        corpus = file_corpus(texts, model.preprocessor.tokenizer, options.sequence_length - 1)
-    batches = batches_of(corpus.train[: options.train_size], options)
-    held_out = batches_of(corpus.held_out[:HELD_OUT_TEXTS], options)
+    distribution, model = adapted_on(mesh, options)
     with distribution.scope():
         losses = {"held out, before": held_out_loss(model, held_out)}
         trained = fit(model, batches, options)
@@ -85,14 +86,14 @@ def run(options):
         path = Path(options.output_dir, "adapter.dcft.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dcft_weights(model, path)
-        logits = None if is_cluster() else predict(model, held_out)
+        logits = None if is_cluster() else logits_of(model, held_out)
     difference = None
     if not options.only_on_mesh and is_first():
-        alone = load_dcft_weights(make(), path)
+        alone = load_dcft_weights(make(options), path)
         compile_model(alone, options)
         losses["held out, on one device"] = held_out_loss(alone, held_out)
         if logits is not None:
-            difference = np.abs(predict(alone, held_out) - logits).max() / np.abs(logits).max()
+            difference = np.abs(logits_of(alone, held_out) - logits).max() / np.abs(logits).max()
     say(f"\n{'Loss':<28}")
     for name, loss in losses.items():
         say(f"  {name:<26}{loss:.5f}")
@@ -151,35 +152,32 @@ def say(*texts, sep=" "):
 # --- model and training ---
 
 
-def model_maker(options, texts):
-    """A function that makes the model, on one device or, in a distribution's scope, on many."""
-    keras.config.set_dtype_policy(options.dtype)
-
-    def make():
-        keras.utils.set_random_seed(options.seed)
-        if options.preset is not None:
-            model = keras_hub.models.CausalLM.from_preset(options.preset)
-            model.preprocessor.sequence_length = options.sequence_length
-            return model
-        return keras_hub.models.GemmaCausalLM(
-            backbone=keras_hub.models.GemmaBackbone(**SMALL_GEMMA),
-            # Any tokenizer does for weights that are random.
-            preprocessor=keras_hub.models.GPT2CausalLMPreprocessor(
-                byte_pair_tokenizer(texts, SMALL_GEMMA["vocabulary_size"]),
-                sequence_length=options.sequence_length,
-            ),
-        )
-
-    return make
+def load_preprocessor(options, texts):
+    """What makes tokens of texts: before `fit`, so that Keras can share batches among processes."""
+    length = options.sequence_length
+    if options.preset is None:
+        # Any tokenizer does for weights that are random.
+        tokenizer = byte_pair_tokenizer(texts, SMALL_GEMMA["vocabulary_size"])
+        return keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=length)
+    return keras_hub.models.CausalLMPreprocessor.from_preset(options.preset, sequence_length=length)
 
 
-def adapted_on(mesh, make, options):
+def make(options):
+    """The model on one device or, in a distribution's scope, on many."""
+    keras.utils.set_random_seed(options.seed)
+    if options.preset is None:
+        backbone = keras_hub.models.GemmaBackbone(**SMALL_GEMMA)
+        return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    return keras_hub.models.CausalLM.from_preset(options.preset, preprocessor=None)
+
+
+def adapted_on(mesh, options):
     """The distribution of KerasHub's layout map, and an adapted model that was made under it."""
     backbone = backbone_class(options.preset)
     layout_map = backbone.get_layout_map(mesh, *reversed(AXES))
     distribution = keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0])
     with distribution.scope():
-        model = enable_dcft(make(), kernel_size=options.kernel_size, rank=options.rank)
+        model = enable_dcft(make(options), kernel_size=options.kernel_size, rank=options.rank)
         if options.shard_adapters:
             shard_adapters(layout_map, model)
         compile_model(model, options)
@@ -209,14 +207,15 @@ def compile_model(model, options):
     )
 
 
-def batches_of(texts, options):
+def batches_of(texts, preprocessor, options):
     """Whole batches, which can be cut over the mesh's first axis."""
     if len(texts) < options.batch_size:
         raise ValueError(
             f"--batch-size must be at most the number of texts, {len(texts)}. "
             f"Received: {options.batch_size}"
         )
-    return tf.data.Dataset.from_tensor_slices(texts).batch(options.batch_size, drop_remainder=True)
+    tokens = keras.tree.map_structure(np.array, preprocessor(texts))
+    return tf.data.Dataset.from_tensor_slices(tokens).batch(options.batch_size, drop_remainder=True)
 
 
 def fit(model, batches, options) -> list:
@@ -231,10 +230,10 @@ def held_out_loss(model, batches) -> float:
     return model.evaluate(batches, verbose=0, return_dict=True)["loss"]
 
 
-def predict(model, batches):
-    """The logits of the first batch."""
-    inputs, _, _ = model.preprocessor(next(iter(batches)))
-    return keras.Model.predict(model, inputs, verbose=0).astype("float32")
+def logits_of(model, batches):
+    """What the model says to the first batch."""
+    inputs, _, _ = next(iter(batches))
+    return model.predict(inputs, verbose=0).astype("float32")
 
 
 # --- report ---
