@@ -133,8 +133,8 @@ def dcft_parameter_table(
 
     Args:
         model: a built `keras.Model`, adapted or not.
-        kernel_sizes: sequence of what `enable_dcft` takes as `kernel_size`, ints and dicts of
-            regular expressions to ints.
+        kernel_sizes: sequence of what `enable_dcft` takes as `kernel_size`: ints, "auto" and
+            dicts of regular expressions to such.
         rank: int, DCFT's rank inside the subspace.
         target_layers, exclude_layers: as for `enable_dcft`.
 
@@ -156,7 +156,7 @@ def dcft_parameter_table(
     dcft_parameters = []
     for kernel_size in kernel_sizes:
         sizes = sizes_by_pattern("kernel_sizes", kernel_size)
-        chosen = choose_kernel_sizes(sizes, targeted, layers)
+        chosen = choose_kernel_sizes(sizes, targeted, layers, rank)
         count = None
         if not narrower_than(chosen, targeted):
             count = sum(

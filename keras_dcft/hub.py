@@ -7,7 +7,7 @@ that is imported first; so the made classes of all of KerasHub's are made when t
 import importlib.util
 from pathlib import Path
 
-from keras_dcft import freezing, keras_internals, selection
+from keras_dcft import freezing, keras_internals, rates, selection
 from keras_dcft.cards import preset_card
 from keras_dcft.models import (
     AdaptedModel,
@@ -90,6 +90,17 @@ class AdaptedTask(AdaptedBackbone):
     def dcft_adapters(self) -> dict:
         """The backbone's `dcft_adapters`."""
         return self.backbone.dcft_adapters
+
+    @classmethod
+    def from_config(cls, config):
+        task = super().from_config(config)
+        rates.choose(task)
+        return task
+
+    def compile(self, optimizer="auto", *args, **kwargs):
+        super().compile(optimizer, *args, **kwargs)
+        if isinstance(optimizer, str) and optimizer == "auto":
+            rates.choose(self)
 
     def generate(self, *args, **kwargs):
         with selection.calls.running():

@@ -15,6 +15,8 @@ product `(factor_a @ factor_b) ⊗ kernel_filter`, and it splits exactly into tw
 `dcft_increment` is the definition; `D` and `U` are what a training step uses.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -34,6 +36,19 @@ def parameter_count(input_dim: int, output_dim: int, kernel_size: int, rank: int
     """
     a, b = subspace_shape(input_dim, output_dim, kernel_size)
     return rank * (a + b) + kernel_size**2
+
+
+def smallest_size(input_dim: int, output_dim: int, rank: int = 1) -> int:
+    """The kernel size at which an adapted kernel has the fewest trainable numbers.
+
+    Example:
+        >>> smallest_size(768, 768), smallest_size(64, 16)
+        (9, 4)
+    """
+    # Near (r (m + n) / 2)^(1/3), where the derivative of r (m + n) / d + d² is zero.
+    near = math.ceil((rank * (input_dim + output_dim) / 2) ** (1 / 3))
+    sizes = range(1, min(input_dim, output_dim, 2 * near + 1) + 1)
+    return min(sizes, key=lambda size: parameter_count(input_dim, output_dim, size, rank))
 
 
 def dcft_increment(factor_a, factor_b, kernel_filter, input_dim: int, output_dim: int, scale=1.0):

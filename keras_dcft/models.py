@@ -17,7 +17,7 @@ import functools
 import h5py  # Keras's own files are read with it
 import keras
 
-from keras_dcft import freezing, keras_internals, selection, shares
+from keras_dcft import freezing, keras_internals, rates, selection, shares
 from keras_dcft.freezing import Before, is_touched
 from keras_dcft.layers.base import DCFTLayer, check_quantization
 from keras_dcft.paths import dcft_layers, joined, with_itself, with_sublayers
@@ -148,6 +148,10 @@ class AdaptedModel(Touched):
             for share, values in waiting:
                 share.values = values
             raise
+
+    def fit(self, *args, **kwargs):
+        rates.warn_of_low_rate(self)
+        return super().fit(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         with selection.calls.running():

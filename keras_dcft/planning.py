@@ -14,6 +14,7 @@ import keras
 
 from keras_dcft import keras_internals
 from keras_dcft.einsum import einsum_axes
+from keras_dcft.increments import smallest_size
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.paths import (
     joined,
@@ -36,6 +37,8 @@ from keras_dcft.reclassing import (
     weight_owners,
 )
 from keras_dcft.settings import checked_positive_int
+
+AUTO = "auto"
 
 
 def plan_adaptation(
@@ -108,7 +111,7 @@ def plan_adaptation(
         )
     targeted = {path: candidates[path] for path in targets}
     check_adaptable(targeted, layers)
-    kernel_sizes = choose_kernel_sizes(sizes, targeted, layers)
+    kernel_sizes = choose_kernel_sizes(sizes, targeted, layers, settings.rank)
     _check_widths(sizes, kernel_sizes, targeted, layers)
     _check_shared_sizes(kernel_sizes, targeted)
     if unbuilt:
@@ -121,25 +124,29 @@ def plan_adaptation(
 
 
 def sizes_by_pattern(argument: str, kernel_size) -> dict:
-    """What is given as kernel size, as a dict of patterns to Python ints.
+    """What is given as kernel size, as a dict of patterns to Python ints or "auto".
 
     Raises:
-        TypeError: if it is neither an int nor a dict of str to int.
+        TypeError: if it is neither an int or "auto" nor a dict of str to such.
         ValueError: if it is an empty dict or an int is below 1.
     """
     sizes = kernel_size if isinstance(kernel_size, dict) else {"": kernel_size}
     if not sizes:
         raise ValueError(f"`{argument}` must have at least one pattern. Received: {argument}={{}}")
     for pattern, size in sizes.items():
-        if not isinstance(pattern, str) or type(size) is bool or not isinstance(size, Integral):
+        is_size = type(size) is not bool and (isinstance(size, Integral) or size == AUTO)
+        if not isinstance(pattern, str) or not is_size:
             place = f" at {shortened(repr(pattern))}" if isinstance(kernel_size, dict) else ""
             raise TypeError(
-                f"`{argument}` must be an int, or a dict of regular expressions over layer paths "
-                'to ints, such as {"query": 4, ".*": 8}. '
+                f'`{argument}` must be an int, "auto", or a dict of regular expressions over layer '
+                'paths to such, for example {"query": 4, ".*": 8}. '
                 f"Received: {argument}={shortened(repr(size))}{place} of type "
                 f"{type(size).__name__}"
             )
-    return {p: checked_positive_int(argument, size) for p, size in sizes.items()}
+    return {
+        pattern: size if size == AUTO else checked_positive_int(argument, size)
+        for pattern, size in sizes.items()
+    }
 
 
 def check_built(model):
@@ -151,13 +158,14 @@ def check_built(model):
         )
 
 
-def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict) -> dict:
+def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict, rank: int) -> dict:
     """The kernel size of each targeted layer by its path, from patterns of which the first counts.
 
     Args:
-        sizes: dict of regular expressions to ints.
+        sizes: dict of regular expressions to ints or "auto".
         targets: dict of the targeted layers, by path.
         layers: dict of all layers of the model, by path.
+        rank: int, for "auto".
 
     Raises:
         ValueError: if a pattern selects nothing, also because others come first, or a layer is
@@ -182,7 +190,11 @@ def choose_kernel_sizes(sizes: dict, targets: dict, layers: dict) -> dict:
             f"rest. Received: kernel_size={shortened(repr(sizes))}, which leaves out "
             f"{listed(missing, layers)}."
         )
-    return {path: sizes[first[path]] for path in targets}
+    chosen = {path: sizes[first[path]] for path in targets}
+    return {
+        path: smallest_size(*matrix_shape_of(targets[path]), rank) if size == AUTO else size
+        for path, size in chosen.items()
+    }
 
 
 def narrower_than(kernel_sizes: dict, targets: dict) -> dict:

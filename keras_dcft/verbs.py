@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_dcft import freezing, keras_internals, layouts, lora, named, selection, shares
+from keras_dcft import freezing, keras_internals, layouts, lora, named, rates, selection, shares
 from keras_dcft.hub import head_config, is_task, task_backbone
 from keras_dcft.layers.base import holds_integers
 from keras_dcft.models import (
@@ -18,6 +18,7 @@ from keras_dcft.models import (
     trained_in_full,
 )
 from keras_dcft.paths import checked_model, joined, required_dcft_layers, walk, with_itself
+from keras_dcft.paths import named as named_layer
 from keras_dcft.planning import plan_adaptation
 from keras_dcft.settings import (
     DEFAULT_ALPHA,
@@ -28,10 +29,12 @@ from keras_dcft.settings import (
 )
 from keras_dcft.shares import DEFAULT_NAME
 
+SMALL_SHARE = 0.1  # of a model's parameters, below which adapting it is hardly what was meant
+
 
 def enable_dcft(
     model: keras.Model,
-    kernel_size: int | dict = DEFAULT_KERNEL_SIZE,
+    kernel_size: int | str | dict = DEFAULT_KERNEL_SIZE,
     *,
     rank: int = 1,
     alpha: float = DEFAULT_ALPHA,
@@ -54,14 +57,17 @@ def enable_dcft(
     lies outside of it trained in full. The start is exactly the base model. A model that was
     compiled, fitted or used before need not be compiled again; its optimizer starts afresh.
 
-    DCFT wants a larger learning rate than full fine-tuning: start at 5e-3 with Adam.
+    DCFT wants a larger learning rate than full fine-tuning: start at 5e-3 with Adam. A KerasHub
+    task that has the optimizer it was born with, or is compiled with `optimizer="auto"`, gets this
+    rate; `fit` warns of a rate of Adam below a tenth of it.
 
     Args:
         model: a built `keras.Model`: a KerasHub task or backbone, a Sequential, functional,
             nested or subclassed model.
-        kernel_size: int, or a dict of regular expressions over layer paths to ints, of which the
-            first that matches a layer counts. Larger means fewer trainable numbers,
-            `rank * (ceil(in / d) + ceil(out / d)) + d**2` for a kernel of `in x out`.
+        kernel_size: int, "auto", or a dict of regular expressions over layer paths to such, of
+            which the first that matches a layer counts. Larger means fewer trainable numbers,
+            `rank * (ceil(in / d) + ceil(out / d)) + d**2` for a kernel of `in x out`, up to the
+            size of the fewest, which "auto" takes for each layer by itself.
         rank: int, rank inside the subspace; 1 in the paper.
         alpha: float, the increment's scale is `alpha / rank`.
         dropout: float in [0, 1), dropout on the increments' inputs while training.
@@ -108,6 +114,8 @@ def enable_dcft(
     )
     layers = (target_layers, exclude_layers, trainable_layers)
     config = plan_adaptation(part, kernel_size, settings, *layers)
+    if target_layers is None:
+        _warn_of_small_share(part, config)
     if names:
         with selection.calls.changing():
             named.add(model, part, config, settings, name)
@@ -138,12 +146,42 @@ def _reset(holders):
     for holder in holders:
         keras_internals.reset_compiled_state(holder)
         keras_internals.track_torch_parameters(with_itself(holder).values())
+        if not is_task(holder):
+            continue
+        if adapter_names(holder):
+            rates.choose(holder)
+        else:
+            rates.put_back(holder)
 
 
 def _holders(model, layers):
     """A model and every other that holds one of these layers."""
     found = keras_internals.models_holding(layers)
     return [model, *(holder for holder in found if holder is not model)]
+
+
+def _warn_of_small_share(part, config):
+    layers = walk(part)
+    sizes = {
+        path: shares.size(keras_internals.own_weights(layer)) for path, layer in layers.items()
+    }
+    sizes = {path: size for path, size in sizes.items() if size}
+    covered = {
+        path: sizes[path]
+        for path in [*config["layers"], *config["trainable_layers"]]
+        if path in sizes
+    }
+    total, share = shares.size(shares.base_weights(part).values()), sum(covered.values())
+    if share < SMALL_SHARE * total:
+        frozen = [path for path, size in sizes.items() if size and path not in covered]
+        frozen = sorted(frozen, key=sizes.get, reverse=True)[:5]
+        kinds = (f"{named_layer(p, layers[p])} ({type(layers[p]).__name__})" for p in frozen)
+        warnings.warn(
+            f"Little of the model is adapted: layers with {100 * share / total:.2g} % of its "
+            f"{total:,} parameters. Frozen are, among others, {joined(kinds)}. DCFT adapts dense "
+            "layers; train others in full with `trainable_layers`.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_integers(task):

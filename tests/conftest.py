@@ -33,7 +33,7 @@ hypothesis.settings.register_profile(
     "keras",
     deadline=None,
     derandomize=True,
-    max_examples=40 if keras.backend.backend() == "jax" else 200,
+    max_examples=15 if keras.backend.backend() == "jax" else 200,
 )
 hypothesis.settings.load_profile("keras")
 

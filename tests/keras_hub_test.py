@@ -15,10 +15,13 @@ def test_every_exported_backbone_is_here():
 
 # JAX compiles every single operation of a model that is called outside of a compiled function.
 SHARES = ("torch", "torch", "torch", "tensorflow", "tensorflow", "jax")
+MANY_OPERATIONS = ("FluxBackbone", "StableDiffusion3Backbone", "T5Gemma2Backbone")
 
 
 def is_walked_here(name) -> bool:
     """Whether this backend is the one of three that does everything to a backbone."""
+    if name in MANY_OPERATIONS:
+        return keras.backend.backend() == "torch"
     return SHARES[zlib.crc32(name.encode()) % len(SHARES)] == keras.backend.backend()
 
 

@@ -679,9 +679,12 @@ class Verbs(RuleBasedStateMachine):
 
 
 def test_any_order_of_the_verbs(tmp_path):
+    # Most of a sequence is compiling on JAX.
+    examples = 15 if keras.backend.backend() == "jax" else 50
+
     Verbs.folder = tmp_path
     run_state_machine_as_test(
-        Verbs, settings=settings(max_examples=50, stateful_step_count=12, deadline=None)
+        Verbs, settings=settings(max_examples=examples, stateful_step_count=12, deadline=None)
     )
 
 

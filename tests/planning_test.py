@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from tools import array, bert_backbone, bert_classifier, sequential
 
-from keras_dcft import DCFTDense, enable_dcft
+from keras_dcft import DCFTDense, dcft_parameter_table, enable_dcft
+from keras_dcft.increments import parameter_count
 from keras_dcft.paths import walk
 from keras_dcft.planning import plan_adaptation
 from keras_dcft.settings import AdapterSettings
@@ -116,6 +117,26 @@ def test_everything_below_a_trained_layer_is_trained():
     assert "transformer_layer_0/self_attention_layer/query" in config["trainable_layers"]
 
 
+def test_auto_takes_the_size_with_the_fewest_numbers_for_each_layer():
+    model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(100), keras.layers.Dense(3)])
+    for rank in (1, 2):
+        layers = plan(model, kernel_size="auto", rank=rank)["layers"]
+        for layer, (path, chosen) in zip(model.layers, layers.items()):
+            rows, columns = layer.kernel.shape
+            counts = {
+                d: parameter_count(rows, columns, d, rank) for d in range(1, min(rows, columns) + 1)
+            }
+            assert counts[chosen] == min(counts.values()), path
+    assert plan(model, kernel_size={"dense_1": "auto", "": 5})["layers"]["dense"] == 5
+    [(name, count)] = dcft_parameter_table(model, ["auto"]).dcft_parameters
+    assert name == "auto"
+    assert count == sum(
+        int(np.prod(v.shape)) for v in enable_dcft(model, "auto").trainable_variables
+    )
+    with pytest.raises(TypeError, match='an int, "auto", or'):
+        plan(model, kernel_size="most")
+
+
 def test_kernel_size_by_pattern_first_match_counts():
     sizes = {"query|key": 2, "layer_0": 3, ".*": 4}
     layers = plan(bert_backbone(), kernel_size=sizes)["layers"]
@@ -185,7 +206,12 @@ def with_spectral_normalization():
         (sequential, {"kernel_size": True}, TypeError, "Received: kernel_size=True"),
         (sequential, {"kernel_size": 8.0}, TypeError, "Received: kernel_size=8.0"),
         (sequential, {"kernel_size": "8"}, TypeError, "Received: kernel_size='8'"),
-        (sequential, {"kernel_size": [8]}, TypeError, "an int, or a dict of regular expressions"),
+        (
+            sequential,
+            {"kernel_size": [8]},
+            TypeError,
+            'an int, "auto", or a dict of regular expressions',
+        ),
         (sequential, {"kernel_size": {4: 8}}, TypeError, "Received: kernel_size=8 at 4"),
         (sequential, {"kernel_size": {}}, ValueError, "Received: kernel_size={}"),
         (sequential, {"kernel_size": {"dense": 2.5}}, TypeError, "Received: kernel_size=2.5"),
