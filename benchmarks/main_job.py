@@ -1,4 +1,4 @@
-"""The main job on SST-2 with every method and backend: the table in the README.
+"""The main job on SST-2 with every method and backend: the table at the end of docs/results.md.
 
     python benchmarks/main_job.py --data-dir ~/tfds             # some two hours on two cores
     python benchmarks/main_job.py --table                       # the table from the results so far

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --data-dir ~/tfds --squad xquad.en.json   # hours on two cores
     python benchmarks/quality.py --tasks sst2 --data-dir ~/tfds            # a part of it
-    python benchmarks/quality.py --report       # docs/results.md, its chart, the README's table
+    python benchmarks/quality.py --report       # docs/results.md and its chart
 
 The real MiniLM BERT. Every method is tried with three learning rates; where the best lies at the
 edge of the grid, the grid grows. The rate is chosen on a validation part of the *training* data,
@@ -41,7 +41,6 @@ from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "results.md"
-README = ROOT / "README.md"
 CHART = ROOT / "docs" / "quality.png"
 
 # On the matrix view, with frozen biases: kernel size 1 is exactly that.
@@ -339,20 +338,6 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
-def headline(rows) -> str:
-    """The reported means of what was run on every task."""
-    lines = [
-        "| method | trainable | " + " | ".join(f"{t}, {m}" for t, m in MEASURES.items()) + " |",
-        "|---|---:|" + "---:|" * len(MEASURES),
-    ]
-    for method in (*MAIN, FULL):
-        mine = [row for row in rows if row["method"] == method]
-        if len(mine) == len(MEASURES):
-            scores = " | ".join(f"{statistics.mean(row['scores']):.3f}" for row in mine)
-            lines.append(f"| {method} | {mine[0]['trainable']:,} | {scores} |")
-    return "\n".join(lines)
-
-
 def mean_and_deviation(scores) -> str:
     deviation = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.4f}{deviation}"
@@ -393,7 +378,6 @@ def report(runs):
     rows = summary(runs)
     draw(rows)
     fill(PAGE, "quality.py", table(rows))
-    fill(README, "quality.py", headline(rows))
     print(table(rows))
 
 
