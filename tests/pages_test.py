@@ -23,20 +23,14 @@ def test_the_page_on_many_adapters_has_the_benchmarks_tables():
 
 
 def test_the_readme_has_its_figures():
-    readme = (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
     runs = json.loads((RESULTS / "bank.json").read_text())
     by_backend = {run["backend"]: run for run in runs if run["model"] == "predict"}
-    measured = [by_backend[backend] for backend in ("tensorflow", "jax", "torch")]
-    ratios = [f"{run['ratio to one']['bank']['median']:.2f}" for run in measured]
-    of_1000 = [run["growth"]["1000"] for run in measured]
-    sizes = [f"{of['bytes per adapter'] / 1e3:.0f} KB" for of in of_1000]
-    adding = [f"{of['adding']['median']:.1f} ms" for of in of_1000]
-    for what, cells in (
-        ("time against one adapter for all rows", ratios),
-        ("memory for each adapter", sizes),
-        ("adding one", adding),
-    ):
-        assert f"| {what} | {' | '.join(cells)} |" in readme
+    tensorflow, jax, torch = (
+        f"{by_backend[backend]['ratio to one']['bank']['median']:.2f}"
+        for backend in ("tensorflow", "jax", "torch")
+    )
+    assert f"take {tensorflow} (TensorFlow), {jax} (JAX) and {torch} (PyTorch) times" in readme
 
 
 def test_the_page_has_the_load_test():
