@@ -2,7 +2,7 @@
 
     python examples/finetune_on_many_devices.py                        # 8 virtual devices of a CPU
     python examples/finetune_on_many_devices.py --mesh 4x2 --shard-adapters
-    python examples/finetune_on_many_devices.py --preset gemma2_2b_en --mesh 1x8 --dtype bfloat16
+    python examples/finetune_on_many_devices.py --preset gemma2_2b_en --mesh 2x4 --dtype bfloat16
     python examples/finetune_on_many_devices.py --preset gemma2_27b_en --cluster --only-on-mesh
 
 The same program runs on a CPU, several GPUs and a TPU pod. Without a preset it takes a small Gemma
@@ -76,31 +76,19 @@ def run(options):
     mesh = keras.distribution.DeviceMesh(shape, AXES, devices)
     say(f"Mesh: {' x '.join(map(str, mesh.shape))} of {devices[0]} to {devices[-1]}, {AXES}.")
 
-    distribution, model = adapted_on(mesh, options)
-    with distribution.scope():
-        losses = {"held out, before": held_out_loss(model, held_out)}
-        trained = fit(model, batches, options)
-        losses.update({f"epoch {n}": loss for n, loss in enumerate(trained, 1)})
-        losses["held out, after"] = held_out_loss(model, held_out)
-        say("\n" + layout_table(model), "\n" + memory_table(model), sep="\n")
-        path = Path(options.output_dir, "adapter.dcft.safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_dcft_weights(model, path)
-        logits = None if is_cluster() else logits_of(model, held_out)
+    path = Path(options.output_dir, "adapter.dcft.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    losses, logits = train_on(mesh, batches, held_out, path, options)
     difference = None
-    if not options.only_on_mesh and is_first():
+    if is_first() and not options.only_on_mesh:
         alone = load_dcft_weights(make(options), path)
         compile_model(alone, options)
         losses["held out, on one device"] = held_out_loss(alone, held_out)
         if logits is not None:
             difference = np.abs(logits_of(alone, held_out) - logits).max() / np.abs(logits).max()
-    say(f"\n{'Loss':<28}")
-    for name, loss in losses.items():
-        say(f"  {name:<26}{loss:.5f}")
-    say(f"\nWritten     {path} ({path.stat().st_size / 1e3:,.1f} kB)" if is_first() else "")
-    if difference is not None:
-        say(f"Outputs     differ on one device by {difference:.1e} of the largest")
-    check(losses, difference, options)
+    if is_first():
+        report(losses, difference, path)
+        check(losses, difference, options)
 
 
 # --- devices ---
@@ -144,9 +132,9 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(*texts, sep=" "):
+def say(text):
     if is_first():
-        print(*texts, sep=sep, flush=True)
+        print(text, flush=True)
 
 
 # --- model and training ---
@@ -197,6 +185,19 @@ def backbone_class(preset):
             f"Llama's backbones have. Received: {preset}"
         )
     return type(model)
+
+
+def train_on(mesh, batches, held_out, path, options):
+    """Trains on a mesh and writes the adapter file; returns losses by name, and logits."""
+    distribution, model = adapted_on(mesh, options)
+    with distribution.scope():
+        losses = {"held out, before": held_out_loss(model, held_out)}
+        losses |= {f"epoch {n}": loss for n, loss in enumerate(fit(model, batches, options), 1)}
+        losses["held out, after"] = held_out_loss(model, held_out)
+        say(f"\n{layout_table(model)}\n\n{memory_table(model)}")
+        save_dcft_weights(model, path)
+        # What lies on several processes `predict` cannot give to one of them.
+        return losses, None if is_cluster() else logits_of(model, held_out)
 
 
 def compile_model(model, options):
@@ -274,6 +275,15 @@ def memory_table(model) -> str:
         most = max(peak["peak_bytes_in_use"] for peak in peaks)
         lines.append(f"{'peak':<18}{most / 1e6:>18,.3f}")
     return "\n".join(lines)
+
+
+def report(losses, difference, path):
+    print("\nLoss")
+    for name, loss in losses.items():
+        print(f"  {name:<26}{loss:.5f}")
+    print(f"\nWritten     {path} ({path.stat().st_size / 1e3:,.1f} kB)")
+    if difference is not None:
+        print(f"Outputs     differ on one device by {difference:.1e} of the largest")
 
 
 def check(losses, difference, options):
