@@ -36,6 +36,14 @@ SIZE = {
     "hidden_dim": 1024,
     "intermediate_dim": 2816,
 }
+LARGE = {
+    "vocabulary_size": 32000,
+    "num_layers": 16,
+    "num_query_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_dim": 2048,
+    "intermediate_dim": 8192,
+}
 FLOOR, DCFT = "floor", "DCFT, kernel size 8"
 METHODS = (FLOOR, DCFT, "LoRA, rank 1", "LoRA, rank 8")
 BASES = ("bfloat16", "int8", "int4")
@@ -75,7 +83,7 @@ def main():
             if setting["subject"] not in options.subjects:
                 continue
             asked = {**setting, "backend": backend}
-            if any(asked.items() <= run.items() for run in done):
+            if any(is_of(run, asked) for run in done):
                 continue
             print(backend, setting, flush=True)
             try:
@@ -86,16 +94,22 @@ def main():
                 file.write(json.dumps(result) + "\n")
 
 
+def is_of(run, setting) -> bool:
+    return all(run.get(key) == setting.get(key) for key in (*setting, "is_large"))
+
+
 def settings(backend):
-    sizes = [(base, TOKENS) for base in BASES]
-    # On a CPU XLA undoes rematerialization, and that many tokens of all blocks do not fit here.
-    if backend != "jax":
-        sizes.append(("bfloat16", MANY_TOKENS))
-    for base, tokens in sizes:
+    for base in BASES:
         for method in METHODS:
-            yield {"subject": TRAINING, "base": base, "tokens": tokens, "method": method}
+            yield {"subject": TRAINING, "base": base, "tokens": TOKENS, "method": method}
     for what in DONE:
         yield {"subject": COPIES, "what": what}
+    if backend == "torch":  # alone: these take minutes each
+        on_bfloat16 = {"subject": TRAINING, "base": "bfloat16"}
+        for method in METHODS:
+            yield {**on_bfloat16, "tokens": MANY_TOKENS, "method": method}
+        for method in METHODS[:3]:
+            yield {**on_bfloat16, "tokens": TOKENS, "method": method, "is_large": True}
 
 
 # --- what a worker does ---
@@ -131,7 +145,7 @@ def training_step(setting) -> dict:
 
     warm_up()
     before = memory_in_use()
-    model = make_model()
+    model = make_model(**(LARGE if "is_large" in setting else {}))
     parameters = model.count_params()
     if setting["base"] != "bfloat16":
         model.quantize(setting["base"])
@@ -281,30 +295,33 @@ def report(runs):
 
 def training_table(runs) -> str:
     lines = [
-        "| backend | base | its bytes | tokens | floor | "
+        "| backend | parameters | base | its bytes | tokens | floor | "
         + " | ".join(f"{method} | / floor" for method in METHODS[1:])
         + " |",
-        "|---|---|---:|---:|---:|" + "---:|" * (2 * len(METHODS) - 2),
+        "|---|---:|---|---:|---:|---:|" + "---:|" * (2 * len(METHODS) - 2),
     ]
     peaks = {}
     for run in (run for run in runs if run["subject"] == TRAINING):
-        key = run["backend"], run["base"], run["tokens"]
+        key = run["backend"], run["base"], run["tokens"], "is_large" in run
         peaks.setdefault(key, {})[run["method"]] = run
-    for (backend, base, tokens), by_method in peaks.items():
+    for (backend, base, tokens, _), by_method in peaks.items():
         floor = by_method[FLOOR]
         for counted, name in (("peak_bytes", backend), ("counted_bytes", f"{backend}, counted")):
             if counted in floor:
-                cells = [cells_of(by_method[method], floor, counted) for method in METHODS[1:]]
+                cells = [cells_of(by_method.get(m), floor, counted) for m in METHODS[1:]]
                 lines.append(
-                    f"| {name} | {base} | {megabytes(floor['base_bytes'])} | {tokens:,} "
+                    f"| {name} | {floor['parameters'] / 1e6:,.0f} M | {base} "
+                    f"| {megabytes(floor['base_bytes'])} | {tokens:,} "
                     f"| {megabytes(floor[counted])} | {' | '.join(cells)} |"
                 )
     return "\n".join(lines)
 
 
 def cells_of(run, floor, counted) -> str:
+    if run is None:
+        return "- | -"
     if "failed" in run:
-        return "fails | "
+        return "fails | -"
     return f"{megabytes(run[counted])} | {run[counted] / floor[counted]:.2f}"
 
 
