@@ -88,7 +88,7 @@ def main():
             print(backend, setting, flush=True)
             try:
                 result = work(__file__, backend, json.dumps(setting))
-            except subprocess.CalledProcessError:  # Keras's LoRA on PyTorch, in integers
+            except subprocess.CalledProcessError:  # Keras's LoRA in integers, on PyTorch
                 result = {**asked, "failed": True}
             with RESULTS.open("a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -305,6 +305,8 @@ def training_table(runs) -> str:
         key = run["backend"], run["base"], run["tokens"], "is_large" in run
         peaks.setdefault(key, {})[run["method"]] = run
     for (backend, base, tokens, _), by_method in peaks.items():
+        if not {FLOOR, DCFT} <= set(by_method):
+            continue
         floor = by_method[FLOOR]
         for counted, name in (("peak_bytes", backend), ("counted_bytes", f"{backend}, counted")):
             if counted in floor:
