@@ -15,7 +15,6 @@ there are skipped.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import re
 import statistics
@@ -23,20 +22,20 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
+import measuring
 import numpy as np
 import tensorflow as tf
 from keras import initializers, optimizers
+from measuring import add_line, fill, lines_of
 from methods import build_optimizer, linear_decay
 from quality import (
     BATCH_SIZES,
     EPOCHS,
     MEASURES,
     batches,
-    fill,
     load,
     make,
     start_as_lora,
@@ -45,8 +44,8 @@ from quality import (
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers, walk
 
-RESULTS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
-PAGE = ROOT / "docs" / "choices.md"
+RESULTS = measuring.RESULTS / "ablation.jsonl"
+PAGE = measuring.DOCS / "choices.md"
 
 
 def normal(deviation):
@@ -251,13 +250,12 @@ def main():
             if any(run.items() <= done.items() for done in finished()):
                 continue
             result = {**run, **measure(options.task, VARIANTS[options.task][name], seed, data)}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            add_line(result, RESULTS)
             print(result, flush=True)
 
 
 def finished() -> list:
-    return [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return lines_of(RESULTS)
 
 
 def measure(task, variant, seed, data) -> dict:

@@ -10,18 +10,16 @@ each in `benchmarks/results/backbones.jsonl`. What is there already is skipped.
 
 import argparse
 import gc
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "backbones.jsonl"
-TABLE = ROOT / "docs" / "backbones.md"
-BACKENDS = ("tensorflow", "jax", "torch")
+import measuring
+from measuring import BACKENDS, add_line, lines_of, run_program
+
+RESULTS = measuring.RESULTS / "backbones.jsonl"
+TABLE = measuring.DOCS / "backbones.md"
 UNNAMED = 0.1  # of a backbone's parameters, in layers too small to name
 
 INTRODUCTION = """# Every KerasHub backbone
@@ -47,33 +45,30 @@ adapted ([models.md](models.md) says why).
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--table", action="store_true", help="write the table and stop")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         return run_here()
     if not options.table:
-        for backend in BACKENDS:
-            environment = {**os.environ, "KERAS_BACKEND": backend}
-            subprocess.run([sys.executable, __file__, "--here"], env=environment, check=True)
+        for backend in options.backends:
+            run_program(__file__, backend, "--here")
     introduction = INTRODUCTION.format(unnamed=100 * UNNAMED)
-    TABLE.write_text(introduction + "\n".join(rows(read())) + "\n")
-
-
-def read() -> list:
-    return [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    TABLE.write_text(introduction + "\n".join(rows(lines_of(RESULTS))) + "\n")
 
 
 def run_here():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(measuring.ROOT / "tests"))
     import backbones
     import keras
     from backbones.checks import WITHOUT_FILES, WITHOUT_GRADIENT, measure
 
     backend = keras.backend.backend()
-    done = {run["backbone"] for run in read() if run["backend"] == backend}
-    names = [name for name in backbones.exported() if name not in done]
+    done = {run["backbone"] for run in lines_of(RESULTS) if run["backend"] == backend}
+    exported = ["BertBackbone"] if measuring.QUICK else backbones.exported()
+    names = [name for name in exported if name not in done]
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {backend} {name}", flush=True)
         keras.utils.clear_session()
@@ -86,8 +81,7 @@ def run_here():
         notes = [WITHOUT_FILES[name]] if name in WITHOUT_FILES else []
         notes += [WITHOUT_GRADIENT[name][1]] if name in WITHOUT_GRADIENT else []
         run = {"backbone": name, "backend": backend, **seen, "notes": notes}
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(run) + "\n")
+        add_line(run, RESULTS)
 
 
 def passed(run) -> bool:

@@ -16,14 +16,23 @@ import tempfile
 import time
 from pathlib import Path
 
-from training_step import BACKENDS, VOCABULARY, device, in_turns, spread, store, versions, work
+import measuring
+from measuring import BACKENDS, compare, conditions, spread, store, work
+from training_step import VOCABULARY
 
-RESULTS = Path(__file__).parent / "results" / "bank.json"
+RESULTS = measuring.RESULTS / "bank.json"
 ROWS, TOKENS = 32, 48
-SIZES = (10, 100, 1_000, 10_000)
+SIZES, TYPICAL_SIZE = (10, 100, 1_000, 10_000), 1_000
 PROMPTS, PROMPT, GENERATED = 8, 16, 48
 SUBJECTS = ("predict", "generate", "peft")
 PEFT_ADAPTERS = {1: 100, 8: 100}
+GENERATOR = {"num_layers": 6, "num_heads": 8, "hidden_dim": 512, "intermediate_dim": 2048}
+if measuring.QUICK:
+    ROWS, TOKENS = 2, 8
+    SIZES, TYPICAL_SIZE = (2, 4), 4
+    PROMPTS, PROMPT, GENERATED = 2, 4, 4
+    PEFT_ADAPTERS = {1: 3}
+    GENERATOR = {"num_layers": 1, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 64}
 
 
 def main():
@@ -47,17 +56,12 @@ def main():
 
 
 def measure(subject, rounds) -> dict:
-    import keras
-
     with tempfile.TemporaryDirectory() as folder:
         run = {"predict": predicting, "generate": generating, "peft": with_peft}[subject]
         measured = run(Path(folder), rounds)
     return {
-        "backend": keras.backend.backend(),
-        "model": subject,
-        "device": device(),
+        **conditions(subject),
         "rounds": rounds,
-        "versions": versions(),
         **measured,
     }
 
@@ -120,14 +124,14 @@ def predicting(folder, rounds) -> dict:
             "one": lambda: one.predict_on_batch(inputs),
             "bank": lambda: bank.predict(inputs, names),  # noqa: B023
         }
-        if size == 1000:
+        if size == TYPICAL_SIZE:
             variants["base"] = lambda: base.predict_on_batch(inputs)
             variants["swapped"] = lambda: [
                 activate_dcft(swapped, str(i % 2)).predict_on_batch(row)
                 for i, row in enumerate(rows)
             ]
-            result = in_turns(variants, rounds)
-        measured = result if size == 1000 else in_turns(variants, max(3, rounds // 3))
+            result = compare(variants, rounds)
+        measured = result if size == TYPICAL_SIZE else compare(variants, max(3, rounds // 3))
         growth[size] = {
             "batch": measured["milliseconds"]["bank"],
             "ratio": measured["ratio to one"]["bank"],
@@ -151,7 +155,7 @@ def generating(folder, rounds) -> dict:
     def make():
         keras.utils.set_random_seed(0)
         backbone = keras_hub.models.GPT2Backbone(
-            VOCABULARY, 6, 8, 512, 2048, max_sequence_length=PROMPT + GENERATED
+            VOCABULARY, **GENERATOR, max_sequence_length=PROMPT + GENERATED
         )
         model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
         model.compile(sampler="greedy")
@@ -172,7 +176,7 @@ def generating(folder, rounds) -> dict:
         "base": lambda: plain.generate(inputs, stop_token_ids=None),
     }
     plain = make()
-    result = in_turns(variants, max(3, rounds // 3))
+    result = compare(variants, max(3, rounds // 3))
     result["tokens per second"] = {
         name: round(PROMPTS * GENERATED * 1000 / spent["median"], 1)
         for name, spent in result["milliseconds"].items()
@@ -222,7 +226,7 @@ def with_peft(folder, rounds) -> dict:
         adding[rank] = spread(seconds)
         lora = [p for name, p in model.named_parameters() if "lora" in name]
         memory[rank] = sum(p.nbytes for p in lora) / count
-    return {**in_turns(variants, rounds), "adding": adding, "bytes per adapter": memory}
+    return {**compare(variants, rounds), "adding": adding, "bytes per adapter": memory}
 
 
 def tables(results) -> str:

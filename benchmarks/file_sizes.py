@@ -10,16 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras_hub
+from measuring import DOCS, fill
 from methods import default_preset
-from quality import fill
 
 from keras_dcft import enable_dcft, export_to_peft, merge_dcft, save_dcft_weights
 
-PAGE = ROOT / "docs" / "transformers.md"
+PAGE = DOCS / "transformers.md"
 
 
 def main():

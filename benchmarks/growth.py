@@ -11,15 +11,14 @@ to `benchmarks/results/growth.json`.
 
 import argparse
 import json
-import random
 import sys
 import time
-from pathlib import Path
 
-from training_step import BACKENDS, device, device_kind, spread, store, versions, work
+import measuring
+from measuring import BACKENDS, conditions, memory_in_use, store, work
 
-RESULTS = Path(__file__).parent / "results" / "growth.json"
-CHART = Path(__file__).parent.parent / "docs" / "growth.png"
+RESULTS = measuring.RESULTS / "growth.json"
+CHART = measuring.DOCS / "growth.png"
 TYPICAL = {"width": 1024, "tokens": 1024, "kernel_size": 8, "rank": 1}
 SWEEPS = {
     "rank": (1, 2, 4, 8, 16),
@@ -29,6 +28,18 @@ SWEEPS = {
 }
 SUBJECTS = ("one layer", "enabling")
 METHODS = ("floor", "DCFT", "Keras LoRA, rank 1")
+DECODER = {
+    "vocabulary_size": 32000,
+    "num_layers": 16,
+    "num_query_heads": 32,
+    "hidden_dim": 2048,
+    "intermediate_dim": 8192,
+    "num_key_value_heads": 8,
+}
+if measuring.QUICK:
+    TYPICAL |= {"width": 16, "tokens": 8}
+    SWEEPS = {"rank": (1, 2), "kernel_size": (2, 8), "width": (16, 32), "tokens": (4, 8)}
+    DECODER |= {"vocabulary_size": 64, "num_layers": 1, "hidden_dim": 64, "intermediate_dim": 32}
 
 
 def main():
@@ -52,13 +63,6 @@ def main():
             store(work(__file__, backend, subject, "--rounds", str(options.rounds)), RESULTS)
 
 
-def conditions(model) -> dict:
-    import keras
-
-    backend = keras.backend.backend()
-    return {"backend": backend, "model": model, "device": device(), "versions": versions()}
-
-
 def one_layer(rounds) -> dict:
     points = []
     for axis, values in SWEEPS.items():
@@ -66,10 +70,9 @@ def one_layer(rounds) -> dict:
             seconds = times_of({**TYPICAL, axis: value}, rounds)
             point = {"axis": axis, "value": value}
             for name in METHODS:
-                ratios = [a / b for a, b in zip(seconds[name], seconds["floor"])]
                 point[name] = {
-                    "milliseconds": spread([1000 * s for s in seconds[name]]),
-                    "ratio to floor": spread(ratios),
+                    "milliseconds": measuring.milliseconds(seconds[name]),
+                    "ratio to floor": measuring.ratio(seconds[name], seconds["floor"]),
                 }
             points.append(point)
     return {**conditions("one layer"), "typical": TYPICAL, "rounds": rounds, "points": points}
@@ -113,15 +116,7 @@ def times_of(sizes, rounds) -> dict:
     for step in steps.values():
         step()
         step()
-    seconds = {name: [] for name in METHODS}
-    order = list(METHODS)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return measuring.take_turns(steps, rounds)
 
 
 def enabling(rounds) -> dict:
@@ -135,14 +130,7 @@ def enabling(rounds) -> dict:
     from keras_dcft import remove_dcft
 
     keras.config.set_dtype_policy("bfloat16")
-    backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=32000,
-        num_layers=16,
-        num_query_heads=32,
-        hidden_dim=2048,
-        intermediate_dim=8192,
-        num_key_value_heads=8,
-    )
+    backbone = keras_hub.models.LlamaBackbone(**DECODER)
     base_parameters = backbone.count_params()
     for weight in backbone.weights:  # JAX is still at work on them
         getattr(weight.value, "block_until_ready", lambda: None)()
@@ -167,23 +155,6 @@ def cost_of_enabling(backbone) -> dict:
     enable_dcft(backbone, kernel_size=8)
     seconds = time.perf_counter() - start
     return {"seconds": round(seconds, 3), "added_bytes": memory_in_use() - before}
-
-
-def memory_in_use() -> int:
-    """Highest memory so far (on a CPU since the last call): copies that were dropped count."""
-    import keras
-
-    if device_kind() == "cpu":
-        status = Path("/proc/self/status").read_text().splitlines()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import jax
-
-    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def table(results) -> str:
@@ -212,16 +183,18 @@ def draw(results):
     import matplotlib.pyplot as plt
 
     colors = dict(zip(METHODS, ("black", "tab:blue", "tab:orange")))
+    swept_axes = list(dict.fromkeys(point["axis"] for point in results[0]["points"]))
     figure, axes = plt.subplots(
         len(results),
-        len(SWEEPS),
+        len(swept_axes),
         figsize=(15, 3.2 * len(results) + 0.6),
         squeeze=False,
         layout="constrained",
     )
     for row, run in zip(axes, results):
-        for axis, (swept, values) in zip(row, SWEEPS.items()):
+        for axis, swept in zip(row, swept_axes):
             points = [point for point in run["points"] if point["axis"] == swept]
+            values = [point["value"] for point in points]
             for name in METHODS:
                 spreads = [point[name]["milliseconds"] for point in points]
                 axis.plot(
@@ -244,7 +217,8 @@ def draw(results):
             axis.set(xlabel=swept.replace("_", " "), title=run["backend"])
         row[0].set_ylabel("ms per step")
     axes[0][0].legend()
-    others = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in TYPICAL.items())
+    typical = results[0]["typical"].items()
+    others = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in typical)
     figure.suptitle(f"One dense layer; what is not swept: {others}; {results[0]['device']}")
     figure.savefig(CHART, dpi=100)
 

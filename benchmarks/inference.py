@@ -12,24 +12,23 @@ import json
 import sys
 from pathlib import Path
 
+import measuring
+from measuring import BACKENDS, conditions, store, work
 from training_step import (
-    BACKENDS,
     MODELS,
     VOCABULARY,
     arguments_of,
     batch_of,
-    device,
-    in_turns,
-    load_beside_others,
     make_classifier,
-    store,
-    versions,
-    work,
 )
 
-RESULTS = Path(__file__).parent / "results" / "inference.json"
+RESULTS = measuring.RESULTS / "inference.json"
 SUBJECTS = (*MODELS, "generate")
 PROMPT, GENERATED, BATCH = 16, 48, 4
+GENERATOR = {"num_layers": 6, "num_heads": 8, "hidden_dim": 512, "intermediate_dim": 2048}
+if measuring.QUICK:
+    PROMPT, GENERATED, BATCH = 4, 4, 2
+    GENERATOR = {"num_layers": 1, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 64}
 
 
 def main():
@@ -55,19 +54,14 @@ def main():
 
 
 def measure(subject, rounds) -> dict:
-    import keras
-
-    load_beside_others()
+    measuring.load_beside_others()
     make = make_generator if subject == "generate" else make_predictor
     variants = {name: make(subject, name) for name in ("base", "merged", "adapted")}
     result = {
-        "backend": keras.backend.backend(),
-        "model": subject,
-        "device": device(),
+        **conditions(subject),
         "arguments": None if subject == "generate" else arguments_of(subject),
         "rounds": rounds,
-        "versions": versions(),
-        **in_turns(variants, rounds),
+        **measuring.compare(variants, rounds),
     }
     if subject == "generate":
         result["tokens per second"] = {
@@ -115,7 +109,7 @@ def make_generator(subject, name):
 
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.GPT2Backbone(
-        VOCABULARY, 6, 8, 512, 2048, max_sequence_length=PROMPT + GENERATED
+        VOCABULARY, **GENERATOR, max_sequence_length=PROMPT + GENERATED
     )
     model = make_variant(keras_hub.models.GPT2CausalLM(backbone, preprocessor=None), name)
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, PROMPT)).astype("int32")

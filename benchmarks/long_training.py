@@ -17,7 +17,6 @@ is there are skipped: a sweep that was cut off goes on.
 import argparse
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import sys
@@ -26,23 +25,24 @@ import traceback
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import jax
 import keras
+import measuring
 import numpy as np
 from keras import initializers
 from lanes import Examples, Lanes, Settings, flat_values, plan
+from measuring import add_line, fill, lines_of
 from methods import linear_decay
 from prepared import make_backbone, make_model, prepare, read
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers
 
-RESULTS = ROOT / "benchmarks" / "results" / "long_training.jsonl"
-PAGE = ROOT / "docs" / "long_training.md"
-CHART = ROOT / "docs" / "long_training.png"
+RESULTS = measuring.RESULTS / "long_training.jsonl"
+PAGE = measuring.DOCS / "long_training.md"
+CHART = measuring.DOCS / "long_training.png"
 
 MEASURES = {"sst2": "accuracy", "xquad": "F1", "rte": "accuracy"}
 TASKS = ("sst2", "xquad", "rte")
@@ -52,6 +52,11 @@ BATCH_SIZES = {"sst2": 32, "xquad": 8, "rte": 16}
 LENGTHS = {"sst2": (12, 24, 48), "xquad": (144, 192), "rte": (64, 128)}
 MOST_GROWTHS = 2  # of the grid of rates, where the best is at its edge
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+if measuring.QUICK:
+    EPOCHS = dict.fromkeys(TASKS, 1)
+    BATCH_SIZES = dict.fromkeys(TASKS, 2)
+    LENGTHS = {"sst2": (48,), "xquad": (192,), "rte": (128,)}
+    MOST_GROWTHS = 0
 
 
 # --- methods ---
@@ -153,7 +158,7 @@ def main():
     add("--report", action="store_true", help="write the page and the chart")
     options = parser.parse_args()
     if options.report:
-        return report(finished(options.output))
+        return report(lines_of(options.output))
     if options.prepare:
         return prepare(options.prepare, options.data_dir, options.squad)
     if not options.data:
@@ -195,11 +200,6 @@ def sweep(task, method, options):
             trainer.train([(best, seed) for seed in range(options.seeds)])
     except Exception:  # the other jobs go on
         traceback.print_exc()
-
-
-def finished(path) -> list:
-    path = Path(path)
-    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
 
 class Trainer:
@@ -256,7 +256,7 @@ class Trainer:
         """What is finished, of the trainings' ends."""
         return [
             line
-            for line in finished(self.options.output)
+            for line in lines_of(self.options.output)
             if (line["task"], line["method"]) == (self.task, self.name)
             and line["step"] == self.last
         ]
@@ -298,7 +298,6 @@ class Trainer:
         print(f"{time.strftime('%X')} {self.task}, {self.name}: {text}", flush=True)
 
     def write(self, run, last, steps, logits, loss, seconds):
-        """A line of results, in one piece, as several processes write to the file."""
         parts = np.split(logits, [len(self.data.validation.labels)])
         line = {
             "task": self.task,
@@ -315,8 +314,7 @@ class Trainer:
             "seconds": round(seconds, 2),
             "device": jax.devices()[0].device_kind,
         }
-        with open(self.options.output, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(line, self.options.output)
 
 
 def _joined(one: Examples, other: Examples) -> Examples:
@@ -437,12 +435,10 @@ def draw(rows):
 
 
 def report(lines):
-    from quality import fill  # which needs TensorFlow
-
     rows = summary(lines)
     draw(rows)
     fill(PAGE, "long_training.py", table(rows))
-    fill(ROOT / "README.md", "long_training.py", headline(rows))
+    fill(measuring.WRITTEN / "README.md", "long_training.py", headline(rows))
     print(table(rows))
 
 

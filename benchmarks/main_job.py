@@ -10,18 +10,18 @@ skipped, so that an interrupted benchmark goes on.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import measuring
+from measuring import BACKENDS, add_line, lines_of, run_program
+
 from keras_dcft.settings import DEFAULT_ALPHA
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "main_job.jsonl"
-STEPS = ROOT / "benchmarks" / "results" / "training_step.json"
+PROGRAM = measuring.ROOT / "examples" / "finetune_text_classifier.py"
+RESULTS = measuring.RESULTS / "main_job.jsonl"
+STEPS = measuring.RESULTS / "training_step.json"
 
 # (backend, method, learning rate, seed, kernel size)
 RUNS = [
@@ -39,14 +39,17 @@ RUNS = [
     ("tensorflow", "dcft", 1e-3, 0, 8),
     ("tensorflow", "dcft", 5e-3, 0, 4),
 ]
+if measuring.QUICK:
+    RUNS = [(backend, "dcft", 5e-3, 0, 8) for backend in BACKENDS]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of tensorflow_datasets")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     options = parser.parse_args()
-    results = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = lines_of(RESULTS)
     # With another alpha it was another method; docs/choices.md compares.
     results = [run for run in results if run.get("alpha") in (None, DEFAULT_ALPHA)]
     if options.table:
@@ -56,21 +59,18 @@ def main():
     for number, run in enumerate(RUNS, 1):
         backend, method, learning_rate, seed, kernel_size = run
         print(f"[{number}/{len(RUNS)}] {', '.join(map(str, run))}", flush=True)
-        if run in done:
+        if run in done or backend not in options.backends:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, ROOT / "examples" / "finetune_text_classifier.py"]
-            command += ["--dataset", "glue/sst2", "--train-size", "8000", "--epochs", "2"]
+            command = ["--dataset", "glue/sst2", "--train-size", "8000", "--epochs", "2"]
             command += ["--method", method, "--learning-rate", str(learning_rate)]
             command += ["--rank", "1", "--seed", str(seed)]
             command += ["--kernel-size", str(kernel_size)]
             command += ["--no-head-baseline", "--output-dir", folder]
             command += ["--data-dir", options.data_dir] if options.data_dir else []
-            environment = {**os.environ, "KERAS_BACKEND": backend}
-            subprocess.run(command, env=environment, check=True)
+            run_program(PROGRAM, backend, *command)
             result = json.loads((Path(folder) / "results.json").read_text())
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        add_line(result, RESULTS)
 
 
 NAME_OF_STEP = {"DCFT, kernel size 8": "DCFT, kernel size 8, rank 1"}

@@ -22,11 +22,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from growth import conditions, memory_in_use
-from training_step import work
+import measuring
+from measuring import add_line, conditions, fill, lines_of, memory_in_use, work
 
-RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+RESULTS = measuring.RESULTS / "memory.jsonl"
+PAGE = measuring.DOCS / "scaling.md"
 BACKENDS = ("torch", "jax")
 SIZE = {
     "vocabulary_size": 8192,
@@ -48,6 +48,10 @@ FLOOR, DCFT = "floor", "DCFT, kernel size 8"
 METHODS = (FLOOR, DCFT, "LoRA, rank 1", "LoRA, rank 8")
 BASES = ("bfloat16", "int8", "int4")
 TOKENS, MANY_TOKENS = 512, 4096
+if measuring.QUICK:
+    SIZE |= {"vocabulary_size": 64, "num_layers": 1, "num_query_heads": 4}
+    SIZE |= {"hidden_dim": 64, "intermediate_dim": 32}
+    METHODS, BASES, TOKENS, MANY_TOKENS = (FLOOR, DCFT), ("bfloat16",), 8, 16
 TRAINING, COPIES, WRITING = "training step", "no second copy", "writing"
 DONE = (
     "enabling",
@@ -55,6 +59,8 @@ DONE = (
     "loading `.keras`, plain",
     "loading `.keras`, adapted",
 )
+if measuring.QUICK:
+    DONE = ("enabling",)
 
 
 def main():
@@ -65,7 +71,7 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.report:
-        return report([json.loads(line) for line in RESULTS.read_text().splitlines()])
+        return report(lines_of(RESULTS))
     if options.worker:
         setting = json.loads(options.worker)
         worker = {TRAINING: training_step, COPIES: no_second_copy, WRITING: written}
@@ -76,8 +82,7 @@ def main():
     # For CPUs alone XLA orders operations to run at the same time, and then makes all kernels
     # float32 before it needs the first.
     os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    done = [json.loads(line) for line in lines]
+    done = lines_of(RESULTS)
     for backend in options.backends:
         for setting in settings(backend):
             if setting["subject"] not in options.subjects:
@@ -90,8 +95,7 @@ def main():
                 result = work(__file__, backend, json.dumps(setting))
             except subprocess.CalledProcessError:  # Keras's LoRA in integers, on PyTorch
                 result = {**asked, "failed": True}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            add_line(result, RESULTS)
 
 
 def is_of(run, setting) -> bool:
@@ -286,8 +290,6 @@ def bytes_of(weight) -> int:
 
 
 def report(runs):
-    from quality import fill  # which needs TensorFlow
-
     text = training_table(runs) + "\n\n" + copies_table(runs)
     fill(PAGE, "memory.py", text)
     print(text)

@@ -10,16 +10,17 @@ shows.
 """
 
 import json
-from pathlib import Path
 
 import growth
 import inference
+import measuring
 import profile_step
 import traffic
 import training_step
-from training_step import BACKENDS, FLOOR, FULL_INCREMENT, MAIN, PEFT
+from measuring import BACKENDS, lines_of
+from training_step import FLOOR, FULL_INCREMENT, MAIN, PEFT
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = measuring.DOCS / "performance.md"
 LORA = "Keras LoRA, rank 1"
 
 # (model, compared with, the most that the ratio should be)
@@ -157,14 +158,13 @@ REASONS = """Why the missed ones are missed, by the profile below:
 
 
 def main():
-    results = training_step.RESULTS.parent
     profiled = json.loads(profile_step.RESULTS.read_text())
     steps = json.loads(training_step.RESULTS.read_text())
     predicted = json.loads(inference.RESULTS.read_text())
     grown = json.loads(growth.RESULTS.read_text())
     for runs in (predicted, grown, profiled):
         runs.sort(key=lambda run: (run["model"], BACKENDS.index(run["backend"])))
-    swaps = [json.loads(line) for line in (results / "swap.jsonl").read_text().splitlines()]
+    swaps = lines_of(measuring.RESULTS / "swap.jsonl")
     enabled = [run for run in grown if run["model"] == "enabling"]
     swept = [run for run in grown if run["model"] == "one layer"]
     training_step.draw(steps, training_step.CHART)
@@ -304,10 +304,11 @@ def speedup(steps, profiled, method) -> str:
 def growth_table(grown) -> str:
     backends = [run["backend"] for run in grown]
     rows = [f"| swept | cost | {' | '.join(backends)} |", "|---|---:|" + "---:|" * len(backends)]
-    for axis, values in growth.SWEEPS.items():
+    for axis in dict.fromkeys(point["axis"] for point in grown[0]["points"]):
         told = []
         for run in grown:
             points = [point for point in run["points"] if point["axis"] == axis]
+            values = [point["value"] for point in points]
             first, last = (
                 point["DCFT"]["milliseconds"]["median"] - point["floor"]["milliseconds"]["median"]
                 for point in (points[0], points[-1])

@@ -10,7 +10,6 @@ JSON line a run in `benchmarks/results/precision.jsonl`; runs already there are 
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,15 +21,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
+import measuring
 import numpy as np
 from finetune_text_classifier import accuracy, batches, make_classifier
+from measuring import add_line, lines_of
 from methods import default_preset, linear_decay
 from text_data import load_text_data
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, save_dcft_weights
 
-RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
-BASES = ("float32", "bfloat16", "int8", "int4")
+RESULTS = measuring.RESULTS / "precision.jsonl"
+BASES = ("float32", "int8") if measuring.QUICK else ("float32", "bfloat16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
@@ -40,7 +41,7 @@ def main():
     parser.add_argument("--data-dir", help="folder of tensorflow_datasets")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     options = parser.parse_args()
-    results = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = lines_of(RESULTS)
     if options.table:
         return print(table(results))
     done = {(run["base"], run["backend"]) for run in results}
@@ -50,8 +51,7 @@ def main():
         if (base, keras.backend.backend()) not in done:
             result = measure(base, data)
             print(f"    {result}", flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            add_line(result, RESULTS)
 
 
 def make_base(base, data):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import keras
 import keras_hub
+import measuring
 import numpy as np
 from keras import ops
 from lanes import Examples
 from question_answering import Window, Windows, answers
 from squad_data import Answer, Question, score
 
-SST2_SENTENCES = 20_000
+SST2_SENTENCES = 8 if measuring.QUICK else 20_000
 PARTS = ("train", "validation", "reported")
 WORD_EMBEDDINGS = "embeddings.npz"
 

@@ -25,20 +25,11 @@ from collections import Counter
 from pathlib import Path
 
 import inference
-from training_step import (
-    BACKENDS,
-    FLOOR,
-    FULL_INCREMENT,
-    MAIN,
-    PEFT,
-    device,
-    make_step,
-    store,
-    versions,
-    work,
-)
+import measuring
+from measuring import BACKENDS, conditions, store, work
+from training_step import FLOOR, FULL_INCREMENT, MAIN, PEFT, make_step
 
-RESULTS = Path(__file__).parent / "results" / "profile.json"
+RESULTS = measuring.RESULTS / "profile.json"
 LORA = "Keras LoRA, rank 1"
 STEPS = (FLOOR, MAIN, LORA, FULL_INCREMENT, PEFT)
 PREDICTIONS = ("base", "adapted")
@@ -51,6 +42,9 @@ SUBJECTS = {
 KINDS = ("products", "thin products", "other operations")
 WIDTHS = (8, 16)  # of the expanded factors; 16 on PyTorch
 RUNS = 5
+if measuring.QUICK:
+    SUBJECTS = {"base, training step": (FLOOR, MAIN)}
+    RUNS = 1
 
 
 def main():
@@ -98,10 +92,7 @@ def measure(subject, variant) -> dict:
         kinds = profile[backend](run, folder)
     milliseconds = {kind: round(kinds[kind] / RUNS, 2) for kind in (*KINDS, "all")}
     return {
-        "backend": backend,
-        "model": subject,
-        "device": device(),
-        "versions": versions(),
+        **conditions(subject),
         "milliseconds": milliseconds,
     }
 

@@ -16,21 +16,21 @@ the work; all methods get the same batches in the same order.
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
 import keras_hub
+import measuring
 import numpy as np
 import tensorflow as tf
 from finetune_question_answering import load_preset, make_model, model_inputs
+from measuring import QUICK, add_line, fill, lines_of
 from methods import build_optimizer, default_preset, enable_keras_lora, linear_decay
 from question_answering import answers, make_windows
 from squad_data import load_questions, score, split_by_article
@@ -39,9 +39,9 @@ from text_data import glue_data
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 
-RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
-PAGE = ROOT / "docs" / "results.md"
-CHART = ROOT / "docs" / "quality.png"
+RESULTS = measuring.RESULTS / "quality.jsonl"
+PAGE = measuring.DOCS / "results.md"
+CHART = measuring.DOCS / "quality.png"
 
 # On the matrix view, with frozen biases: kernel size 1 is exactly that.
 MATRIX_LORA = {f"LoRA, rank {r}": {"kernel_size": 1, "rank": r} for r in (1, 8)}
@@ -61,6 +61,10 @@ MEASURES = {"sst2": "accuracy", "rte": "accuracy", "xquad": "F1"}
 # XQuAD and RTE are small: with batches of 32 they would be some hundred steps.
 BATCH_SIZES = {"sst2": 32, "rte": 8, "xquad": 8}
 SST2_SENTENCES = 4000
+if measuring.QUICK:
+    EPOCHS = dict.fromkeys(EPOCHS, 1)
+    ADAPTER_RATES = (5e-3,)
+    SST2_SENTENCES = 8
 
 
 def main():
@@ -89,7 +93,7 @@ def methods_of(task, methods):
 
 def finished() -> list:
     """The runs so far, but for those of other epochs or batches."""
-    runs = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    runs = lines_of(RESULTS)
     current = {task: (EPOCHS[task], BATCH_SIZES[task]) for task in EPOCHS}
     return [run for run in runs if (run["epochs"], run["batch_size"]) == current[run["task"]]]
 
@@ -102,7 +106,7 @@ def sweep(task, method, data):
         for rate in rates:
             run_once(task, method, rate, 0, data)
         best = best_rate(finished(), task, method)
-        if rates[0] < best < rates[-1]:
+        if QUICK or rates[0] < best < rates[-1]:
             break
         rates = [best / 2, *rates] if best == rates[0] else [*rates, best * 2]
     for seed in SEEDS if method in WITH_MORE_SEEDS else SEEDS[:1]:
@@ -120,8 +124,7 @@ def run_once(task, method, rate, seed, data):
         return
     print(f"{task}: {method}, rate {rate:g}, seed {seed}", flush=True)
     result = {**run, **measure(task, method, rate, seed, data)}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    add_line(result, RESULTS)
     print(f"    validation {result['validation']:.4f}, reported {result['reported']:.4f}")
 
 
@@ -379,13 +382,6 @@ def report(runs):
     draw(rows)
     fill(PAGE, "quality.py", table(rows))
     print(table(rows))
-
-
-def fill(page, program, text):
-    """Puts what a program made between its marks in a page."""
-    start, end = f"<!-- made by benchmarks/{program} -->", "<!-- end -->"
-    before, rest = page.read_text().split(start)
-    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 if __name__ == "__main__":

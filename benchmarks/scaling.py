@@ -12,17 +12,17 @@ import argparse
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import keras_hub
+from measuring import DOCS, fill
 
 from keras_dcft import dcft_parameter_table
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE = DOCS / "scaling.md"
 CHART = PAGE.with_name("scaling.png")
 
 # name: (class, what its preset holds, published parameters)
@@ -123,8 +123,6 @@ def main():
     text = "\n\n".join((bytes_table(costs), layout_table(costs), bottleneck_table(costs)))
     print(text)
     if options.report:
-        from quality import fill  # which needs TensorFlow
-
         fill(PAGE, "scaling.py", text)
         draw(costs)
 

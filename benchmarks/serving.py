@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT / "examples"))
 import httpx
 import keras
 import numpy as np
+from measuring import RESULTS as FOLDER
+from measuring import add_line, device, versions
 from serve_many_adapters import SUFFIX, make_base
-from training_step import device, versions
 
 from keras_dcft import load_dcft_weights, read_dcft_notes
 
-RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+RESULTS = FOLDER / "serving.jsonl"
 TEXTS = (
     "a gripping, beautiful film",
     "dull",
@@ -61,8 +62,7 @@ def main():
         **result,
     }
     print(json.dumps(result))
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    add_line(result, RESULTS)
 
 
 def answers_alone(folder) -> dict:

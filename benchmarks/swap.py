@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras
 import keras_hub
+import measuring
 import numpy as np
 from methods import default_preset
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
 
-RESULTS = Path(__file__).parent / "results" / "swap.jsonl"
-SWAPS = 40
+RESULTS = measuring.RESULTS / "swap.jsonl"
+SWAPS = 2 if measuring.QUICK else 40
 
 
 def main():
@@ -54,8 +55,7 @@ def main():
             ],
         }
     print(json.dumps(result))
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    measuring.add_line(result, RESULTS)
 
 
 if __name__ == "__main__":

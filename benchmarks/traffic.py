@@ -13,6 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
+import measuring
+from measuring import spread, store
 from training_step import (
     DCFT,
     FLOOR,
@@ -21,14 +23,10 @@ from training_step import (
     LORA,
     MINILM_SHAPE,
     PEFT,
-    load_beside_others,
-    spread,
-    store,
-    time_alone,
 )
 from training_step import RESULTS as STEPS
 
-RESULTS = Path(__file__).parent / "results" / "traffic.json"
+RESULTS = measuring.RESULTS / "traffic.json"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -42,10 +40,10 @@ def main():
         return print(
             table(json.loads(options.steps.read_text()), json.loads(options.output.read_text()))
         )
-    load_beside_others()
+    measuring.load_beside_others()
     import torch  # noqa: F401, before it is this program's turn
 
-    time_alone()
+    measuring.time_alone()
     for dtype in ITEM_BYTES:
         store(measure(dtype), options.output)
 

