@@ -31,7 +31,10 @@ from text_data import load_text_data
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, save_dcft_weights
 
 RESULTS = measuring.RESULTS / "precision.jsonl"
-BASES = ("float32", "int8") if measuring.QUICK else ("float32", "bfloat16", "int8", "int4")
+BASES = ("float32", "bfloat16", "int8", "int4")
+SENTENCES, TOKENS = 2000, 32
+if measuring.QUICK:
+    BASES, SENTENCES, TOKENS = ("float32", "int8"), 8, 8
 QUANTIZED = ("int8", "int4")
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
@@ -45,7 +48,7 @@ def main():
     if options.table:
         return print(table(results))
     done = {(run["base"], run["backend"]) for run in results}
-    data = load_text_data("glue/sst2", options.data_dir, 2000)
+    data = load_text_data("glue/sst2", options.data_dir, SENTENCES)
     for number, base in enumerate(BASES, 1):
         print(f"[{number}/{len(BASES)}] {base}", flush=True)
         if (base, keras.backend.backend()) not in done:
@@ -58,7 +61,7 @@ def make_base(base, data):
     keras.config.set_dtype_policy("bfloat16" if base == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
     classifier = make_classifier(default_preset(), data)
-    classifier.preprocessor.sequence_length = 32
+    classifier.preprocessor.sequence_length = TOKENS
     if base in QUANTIZED:
         classifier.backbone.quantize(base)  # not the head, which is to be trained
     return classifier

@@ -18,7 +18,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import keras_hub
-from measuring import DOCS, fill
+from measuring import DOCS, QUICK, fill
 
 from keras_dcft import dcft_parameter_table
 
@@ -96,6 +96,8 @@ MODELS = {
         235_093_634_560,
     ),
 }
+if QUICK:
+    MODELS = {"Gemma 2 27B": MODELS["Gemma 2 27B"]}
 KERNEL_SIZES = (8, 2)
 LORA_RANKS = (1, 8, 16)
 FULL = "full fine-tuning"

@@ -23,13 +23,13 @@ from methods import default_preset
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
 
 RESULTS = measuring.RESULTS / "swap.jsonl"
-SWAPS = 2 if measuring.QUICK else 40
+SWAPS, TEXTS = (2, 1) if measuring.QUICK else (40, 8)
 
 
 def main():
     task = keras_hub.models.BertTextClassifier.from_preset(str(default_preset()), num_classes=2)
     enable_dcft(task)
-    texts = ["a film"] * 8
+    texts = ["a film"] * TEXTS
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{n}.dcft.safetensors" for n in range(2)]
         for number, file in enumerate(files):
