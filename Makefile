@@ -1,6 +1,7 @@
 # make demo: the main job. make test: everything, on all three backends. Both set up .venv first.
 # make test-all: everything to every KerasHub backbone too, which `make test` does on one backend
 # each. make test-oldest, make test-nightly: the suite with other versions of Keras and the rest.
+# make benchmarks-quick: each benchmark on tiny settings, as in the suite; its own results stay.
 PYTHON ?= python3
 BACKEND ?= tensorflow
 VENV = .venv
@@ -10,6 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: setup demo lint clean
 .PHONY: test test-all test-oldest test-nightly suite suite-tensorflow suite-jax suite-torch
+.PHONY: benchmarks-quick
 
 setup: $(VENV)/ready
 
@@ -55,6 +57,10 @@ suite: suite-tensorflow suite-jax suite-torch
 suite-tensorflow suite-jax suite-torch: suite-%: setup
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		--numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
+
+# Each program on one of the backends.
+benchmarks-quick:
+	$(MAKE) suite PYTEST_ARGS="tests/benchmarks_test.py --durations 0 --durations-min 1"
 
 clean:
 	rm -rf .venv .venv-oldest .venv-nightly .pytest_cache finetuned
