@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_dcft.files import read_dcft_notes
-from keras_dcft.settings import AdapterSettings
+from keras_dcft.settings import AdapterSettings, counted
 
 
 def main(arguments=None) -> int:
@@ -45,7 +45,7 @@ def _overview(found) -> Table:
         "Format": f"version {found['format_version']}, the checksum fits",
         "Base": base["model_class"] + (f" at '{base['part']}'" if base["part"] else ""),
         **{name: str(settings[name]) for name in AdapterSettings().common()},
-        "Kernel sizes": ", ".join(f"{d} ({n} layers)" for d, n in sorted(sizes.items())),
+        "Kernel sizes": ", ".join(f"{d} ({counted(n, 'layer')})" for d, n in sorted(sizes.items())),
         "Trained in full": ", ".join(trained),
         "Numbers": f"{counts['adapters']:,} in adapters, {counts['trained_in_full']:,} trained in "
         f"full, {numbers:,} in all",

@@ -14,7 +14,7 @@ from pathlib import Path
 from keras_dcft import shares
 from keras_dcft.models import adapter_names, config_of
 from keras_dcft.paths import joined, with_itself
-from keras_dcft.settings import AdapterSettings, shortened
+from keras_dcft.settings import AdapterSettings, counted, shortened
 from keras_dcft.writing import write_atomically
 
 README = "README.md"
@@ -138,7 +138,7 @@ def facts_of(config, trained, adapters, beside, total) -> dict:
             key: ", ".join(map(str, dict.fromkeys(numbers[key] for numbers in own)))
             for key in AdapterSettings().common()
         },
-        "kernel size": ", ".join(f"{d} ({n} layers)" for d, n in sorted(sizes.items())),
+        "kernel size": ", ".join(f"{d} ({counted(n, 'layer')})" for d, n in sorted(sizes.items())),
         "trained in full": joined(trained),
         "numbers in adapters": f"{adapters:,}",
         "numbers trained in full": f"{beside:,}",

@@ -30,7 +30,7 @@ from keras_dcft.reclassing import (
     weight_of,
     weight_owners,
 )
-from keras_dcft.settings import AdapterSettings, shortened
+from keras_dcft.settings import AdapterSettings, counted, shortened
 
 PACKAGE = "keras_dcft"
 
@@ -171,8 +171,9 @@ class AdaptedModel(Touched):
         config = self.dcft_config
         sizes = ", ".join(map(str, sorted(set(config["layers"].values()))))
         return (
-            f"<{type(self).__name__} name={self.name}, built={self.built}, {len(config['layers'])} "
-            f"DCFT layers of rank {config['rank']}, kernel size {sizes}{self._dcft_names()}>"
+            f"<{type(self).__name__} name={self.name}, built={self.built}, "
+            f"{counted(len(config['layers']), 'DCFT layer')} of rank {config['rank']}, "
+            f"kernel size {sizes}{self._dcft_names()}>"
         )
 
     def _dcft_names(self) -> str:

@@ -96,6 +96,11 @@ def shortened(text: str, most: int = 150) -> str:
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `1,000 layers`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def checked_positive_int(name, value) -> int:
     """An int, NumPy's as well; TypeError for what is none (or a bool), ValueError below 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -177,7 +177,7 @@ def test_the_verbs_work_on_another_root(kind, tmp_path):
     np.testing.assert_array_equal(predict(root, inputs), expected)
     lines = []
     dcft_summary(root, print_fn=lines.append)
-    assert f"{len(dcft_layers(root))} layers" in lines[0]
+    assert f"{len(dcft_layers(root))} layer" in lines[0]
     merge_dcft(root)
     assert not shared(root)
     np.testing.assert_allclose(predict(root, inputs), expected, rtol=1e-4, atol=1e-5)
