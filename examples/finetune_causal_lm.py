@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 from command_line import (
     OneLineParser,
+    file_size,
     positive_float,
     positive_int,
     progress_verbosity,
@@ -38,6 +39,7 @@ from methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay,
 from small_gpt2 import small_gpt2
 
 from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_weights
+from keras_dcft.settings import counted
 
 OLD_LIBRARIES, NEW_LIBRARIES = ("tensorflow", "matplotlib"), ("numpy",)
 PRETRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 4e-3}
@@ -240,11 +242,12 @@ def report(results, files):
         print(f"  {name:<20}{old:>10.2f}{new:>10.2f}    {like}")
     for before, after in zip(measured["base"]["texts"], measured[method]["texts"]):
         print(f"\nbefore  {before!r}\nafter   {after!r}")
-    print(f"\nTraining    {results['training_seconds']:.0f} s for {results['epochs']} epochs")
+    epochs = counted(results["epochs"], "epoch")
+    print(f"\nTraining    {results['training_seconds']:.0f} s for {epochs}")
     for name, speed in results["tokens_per_second"].items():
         print(f"Writing     {speed:,.0f} tokens/s, {name}")
     for file in files:
-        print(f"Written     {file} ({file.stat().st_size / 1e3:,.1f} kB)")
+        print(f"Written     {file} ({file_size(file)})")
 
 
 def check(results):

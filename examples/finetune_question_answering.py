@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 from command_line import (
     OneLineParser,
+    file_size,
     positive_float,
     positive_int,
     progress_verbosity,
@@ -38,6 +39,8 @@ from keras import ops
 from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
 from question_answering import answers, make_windows
 from squad_data import load_question_data, score
+
+from keras_dcft.settings import counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -122,9 +125,9 @@ def run(options):
     print("\nHeld-out                              exact match      F1")
     for name, scores in (("before training", before), (options.method, after)):
         print(f"                    {name:<18}{scores['exact_match']:11.2f}{scores['f1']:8.2f}")
-    print(f"Training time       {seconds:.0f} s for {options.epochs} epochs")
+    print(f"Training time       {seconds:.0f} s for {counted(options.epochs, 'epoch')}")
     for file in (model_file, plot_file, results_file):
-        print(f"Written             {file} ({file.stat().st_size / 1e6:,.2f} MB)")
+        print(f"Written             {file} ({file_size(file)})")
     print(f"Reloaded            predictions differ by {difference:g}")
     # Keras merges its LoRA into the kernels when it saves, which rounds.
     if difference > (1e-4 if options.method == "lora" else 0):

@@ -3,11 +3,13 @@
     python examples/finetune_text_classifier.py                      # real BERT, no download
     python examples/finetune_text_classifier.py --dataset glue/sst2 --data-dir ~/tfds
     python examples/finetune_text_classifier.py --dataset reviews.tsv --method lora
+    python examples/finetune_text_classifier.py --predict "What a film!"    # with what was written
 
 It trains through `model.fit`, saves a `.keras` file, loads that again and compares predictions. It
-leaves `model.keras`, `training.png` and `results.json` in `--output-dir`. `--method` trains the
-same model on the same data in the same order with Keras's LoRA, the head alone, or in full. The
-backend is chosen as always in Keras: `KERAS_BACKEND=jax python examples/...`.
+leaves `model.keras`, the adapter alone in `adapter.dcft.safetensors`, `training.png` and
+`results.json` in `--output-dir`. `--method` trains the same model on the same data in the same
+order with Keras's LoRA, the head alone, or in full. The backend is chosen as always in Keras:
+`KERAS_BACKEND=jax python examples/...`.
 """
 
 import argparse
@@ -20,38 +22,85 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
-import matplotlib
-import numpy as np
-import tensorflow as tf
 from command_line import (
+    LEARNING_RATES,
+    DefaultsOnce,
     OneLineParser,
+    file_size,
     positive_float,
     positive_int,
     progress_verbosity,
     run_or_exit,
 )
-from methods import (
-    LEARNING_RATES,
-    apply_method,
-    build_optimizer,
-    default_preset,
-    linear_decay,
-    load_task,
-)
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(
+        description="Fine-tunes a KerasHub text classifier with DCFT.",
+        formatter_class=DefaultsOnce,
+    )
+    add = parser.add_argument
+    add("--preset", help="KerasHub preset or folder; without it the real MiniLM BERT")
+    add("--dataset", default="docstrings", help="docstrings, glue/<task>, or a .tsv or .csv file")
+    add("--data-dir", help="folder of tensorflow_datasets, for glue/<task>")
+    add("--method", choices=LEARNING_RATES, default="dcft", help="what is trained, and how")
+    add("--kernel-size", type=positive_int, default=8, help="DCFT's; larger trains fewer numbers")
+    add("--rank", type=positive_int, default=1, help="DCFT's or LoRA's")
+    add("--epochs", type=positive_int, default=2, help="how often to go through the data")
+    add("--batch-size", type=positive_int, default=32, help="examples in a step")
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+    add("--learning-rate", type=positive_float, help=f"where it starts; without it {rates}")
+    add("--train-size", type=positive_int, help="the most training examples to use")
+    add("--seed", type=int, default=0, help="of data and training")
+    add("--output-dir", default="finetuned", help="where everything is written")
+    add(
+        "--head-baseline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also train the head alone, to compare with",
+    )
+    add(
+        "--predict",
+        nargs="+",
+        metavar="TEXT",
+        help="train nothing, but classify texts with what an earlier run left in --output-dir; "
+        "where it was trained on pairs, two texts are one",
+    )
+    options = parser.parse_args(arguments)
+    if options.dataset == "glue/stsb":
+        parser.error("argument --dataset: a regression, which finetune_glue.py trains: glue/stsb")
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.method]
+    return options
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from methods import apply_method, build_optimizer, default_preset, linear_decay, load_task
 from text_classifier import batches, make_classifier
 from text_data import load_text_data
 
+from keras_dcft import save_dcft_weights
 from keras_dcft.increments import parameter_count
 from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES, matrix_shape_of
+from keras_dcft.settings import counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+MODEL_FILE = "model.keras"
+RESULTS_FILE = "results.json"
+
 
 def main(arguments=None):
-    run_or_exit(run, parse_options(arguments))
+    options = parse_options(arguments)
+    run_or_exit(predict if options.predict else run, options)
 
 
 def run(options):
@@ -72,6 +121,8 @@ def run(options):
         "backend": keras.backend.backend(),
         "seed": options.seed,
         "dataset": options.dataset,
+        "classes": data.classes,
+        "texts_per_example": 2 if isinstance(data.train_texts[0], tuple) else 1,
         "train_examples": len(data.train_texts),
         "held_out_examples": len(data.held_out_texts),
         "majority_class_accuracy": majority,
@@ -102,8 +153,12 @@ def run(options):
         print("\nHead only, for comparison (the base model is frozen and has no adapter):")
         results["head_only_accuracy"] = head_only_accuracy(preset, data, options)
 
-    model_file = output_dir / "model.keras"
+    model_file = output_dir / MODEL_FILE
+    written = [model_file]
     classifier.save(model_file)
+    if options.method == "dcft":
+        written.append(output_dir / "adapter.dcft.safetensors")
+        save_dcft_weights(classifier, written[-1])
     reloaded = load_task(model_file)
     sample = tf.constant(data.held_out_texts[:64])
     sample = tuple(tf.unstack(sample, axis=1)) if sample.shape.rank == 2 else sample
@@ -120,7 +175,7 @@ def run(options):
         model_file_bytes=model_file.stat().st_size,
         reload_difference=difference,
     )
-    results_file = output_dir / "results.json"
+    results_file = output_dir / RESULTS_FILE
     results_file.write_text(json.dumps(results, indent=2) + "\n")
 
     print(f"\nHeld-out accuracy   before training   {results['accuracy_before']:.3f}")
@@ -128,13 +183,40 @@ def run(options):
     if "head_only_accuracy" in results:
         print(f"                    head only         {results['head_only_accuracy']:.3f}")
     print(f"                    {options.method:<18}{results['accuracy_after']:.3f}")
-    print(f"Training time       {seconds:.0f} s for {options.epochs} epochs")
-    for file in (model_file, plot_file, results_file):
-        print(f"Written             {file} ({file.stat().st_size / 1e6:,.2f} MB)")
+    print(f"Training time       {seconds:.0f} s for {counted(options.epochs, 'epoch')}")
+    for file in (*written, plot_file, results_file):
+        print(f"Written             {file} ({file_size(file)})")
     print(f"Reloaded            predictions differ by {difference:g}")
     # Keras merges its LoRA into the kernels when it saves, which rounds.
     if difference > (1e-4 if options.method == "lora" else 0):
         sys.exit("error: the reloaded model predicts something else.")
+
+
+def predict(options):
+    """Prints the class of each text, by the model that an earlier run has written."""
+    folder = Path(options.output_dir)
+    missing = [name for name in (MODEL_FILE, RESULTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise OSError(
+            f"--predict needs what a run without it writes into --output-dir. Received: {folder} "
+            f"without {' and '.join(missing)}"
+        )
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    size = results["texts_per_example"]
+    if len(options.predict) % size:
+        raise ValueError(
+            "--predict needs pairs, two texts for each example, as the model was trained on them. "
+            f"Received: {counted(len(options.predict), 'text')}"
+        )
+    columns = [tf.constant(options.predict[n::size]) for n in range(size)]
+    logits = load_task(folder / MODEL_FILE).predict(
+        tuple(columns) if size > 1 else columns[0], verbose=0
+    )
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits.astype("float32")))
+    width = max(map(len, results["classes"]))
+    for number, row in enumerate(probabilities):
+        text = " | ".join(options.predict[number * size : (number + 1) * size])
+        print(f"{results['classes'][row.argmax()]:<{width}}  {row.max():.3f}  {text}")
 
 
 def head_only_accuracy(preset, data, options) -> float:
@@ -221,38 +303,6 @@ class PlotRecord(keras.callbacks.Callback):
         figure.suptitle(f"{options.method} on {Path(options.dataset).name}")
         figure.savefig(path, dpi=120)
         plt.close(figure)
-
-
-def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a KerasHub text classifier with DCFT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", help="KerasHub preset or folder (default: the real MiniLM BERT)")
-    add("--dataset", default="docstrings", help="docstrings, glue/<task>, or a .tsv or .csv file")
-    add("--data-dir", help="folder of tensorflow_datasets, for glue/<task>")
-    add("--method", choices=LEARNING_RATES, default="dcft")
-    add("--kernel-size", type=positive_int, default=8)
-    add("--rank", type=positive_int, default=1)
-    add("--epochs", type=positive_int, default=2)
-    add("--batch-size", type=positive_int, default=32)
-    add("--learning-rate", type=positive_float, help="default: " + str(LEARNING_RATES))
-    add("--train-size", type=positive_int, help="the most training examples to use")
-    add("--seed", type=int, default=0)
-    add("--output-dir", default="finetuned")
-    add(
-        "--head-baseline",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also train the head alone, to compare with",
-    )
-    options = parser.parse_args(arguments)
-    if options.dataset == "glue/stsb":
-        parser.error("argument --dataset: a regression, which finetune_glue.py trains: glue/stsb")
-    if options.learning_rate is None:
-        options.learning_rate = LEARNING_RATES[options.method]
-    return options
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ import warnings
 from pathlib import Path
 
 import keras
+from command_line import LEARNING_RATES as LEARNING_RATES
 
 from keras_dcft import enable_dcft
 from keras_dcft.hub import task_backbone
 from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES
-
-# By the measurements in docs/results.md and the README; full fine-tuning wants far smaller ones.
-LEARNING_RATES = {"dcft": 5e-3, "lora": 5e-3, "head": 5e-3, "full": 1e-4}
 
 
 def default_preset() -> Path:

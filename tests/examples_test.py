@@ -1,7 +1,9 @@
 import json
+import re
 import subprocess
 import sys
 
+import finetune_text_classifier
 import keras
 import keras_hub
 import numpy as np
@@ -19,7 +21,7 @@ from text_data import (
 )
 from tools import TEXTS, array, bert_classifier
 
-import keras_dcft  # noqa: F401 (registers the classes of the files loaded here)
+import keras_dcft
 
 PROGRAM = ROOT / "examples" / "finetune_text_classifier.py"
 
@@ -63,6 +65,9 @@ def check_main_job(folder, printed, method, trained):
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     for line in ("Held-out accuracy", "majority class", "Training time", "Reloaded"):
         assert line in printed
+    assert "for 1 epoch\n" in printed
+    assert "0.00 MB" not in printed
+    assert (folder / "adapter.dcft.safetensors").is_file() == (method == "dcft")
     return results
 
 
@@ -157,6 +162,70 @@ def test_bad_options_give_one_line_and_an_exit_code(
     assert said.startswith("error: ")
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def run_main(folder, *arguments):
+    main(["--output-dir", str(folder), "--no-head-baseline", "--epochs", "1", *map(str, arguments)])
+
+
+def test_texts_are_classified_with_what_was_written(table, tiny_preset, tmp_path, capsys):
+    run_main(
+        tmp_path, "--preset", tiny_preset, "--dataset", table, "--kernel-size", 4,
+        "--batch-size", 8, "--learning-rate", 0.03,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text())["classes"] == ["bad", "good"]
+    capsys.readouterr()
+    texts = ["a good film", "a very bad film"]
+    run_main(tmp_path, "--predict", *texts)
+    lines = capsys.readouterr().out.splitlines()
+    model = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    logits = model.predict(texts, verbose=0)
+    for line, text, row in zip(lines, texts, logits, strict=True):
+        name, probability, rest = line.split(maxsplit=2)
+        assert (name, rest) == (["bad", "good"][row.argmax()], text)
+        assert float(probability) == pytest.approx(1 / (1 + np.exp(-np.ptp(row))), abs=1e-3)
+    plain = keras_hub.models.TextClassifier.from_preset(str(tiny_preset), num_classes=2)
+    plain.preprocessor.sequence_length = model.preprocessor.sequence_length
+    keras_dcft.load_dcft_weights(plain, tmp_path / "adapter.dcft.safetensors")
+    np.testing.assert_array_equal(plain.predict(texts, verbose=0), logits)
+
+
+def test_pairs_are_classified_as_pairs(tiny_preset, tmp_path, capsys, monkeypatch):
+    pairs = [("a good film", "good"), ("a bad film", "bad")] * 8
+    data = TextData(pairs, [1, 0] * 8, pairs[:4], [1, 0] * 2, ["other", "same"])
+    monkeypatch.setattr(finetune_text_classifier, "load_text_data", lambda *_: data)
+    run_main(tmp_path, "--preset", tiny_preset, "--kernel-size", 4)
+    capsys.readouterr()
+    run_main(tmp_path, "--predict", "a good film", "bad")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("  a good film | bad")
+    with pytest.raises(SystemExit, match=r"needs pairs, .* Received: 1 text"):
+        run_main(tmp_path, "--predict", "a good film")
+
+
+def test_there_is_nothing_to_classify_with_before_training(tmp_path):
+    with pytest.raises(SystemExit, match=r"without model\.keras and results\.json"):
+        run_main(tmp_path, "--predict", "a good film")
+
+
+def test_help_imports_no_backend_and_says_everything_once():
+    program = f"""
+import runpy, sys
+sys.argv = ["finetune_text_classifier.py", "--help"]
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+try:
+    runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
+finally:
+    print(sorted({{"keras", "tensorflow", "jax", "torch", "numpy"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    options, imported = " ".join(result.stdout.split()).split(" options: ")[1].rsplit(" ", 1)
+    assert imported == "[]"
+    for option in re.split(r"(?<!,) (?=--?[a-z])", options):
+        assert option.count("default") <= 1, option
+        assert "None" not in option
+        assert re.search(r"[a-z']+ [a-z]+", option), option  # it has a text
 
 
 def test_a_process_that_ends_with_an_error_prints_one_line(tmp_path):
