@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PYTEST_ARGS =
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo lint clean
+.PHONY: setup demo lint package clean
 .PHONY: test test-all test-oldest test-nightly suite suite-tensorflow suite-jax suite-torch
 .PHONY: benchmarks-quick
 
@@ -50,6 +50,19 @@ test-oldest test-nightly: test-%:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+# What is uploaded, built and checked in an environment of its own.
+package: .venv-release/ready
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/twine check --strict dist/*
+
+.venv-release/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet build twine
+	touch $@
 
 suite: suite-tensorflow suite-jax suite-torch
 
@@ -63,4 +76,4 @@ benchmarks-quick:
 	$(MAKE) suite PYTEST_ARGS="tests/benchmarks_test.py --durations 0 --durations-min 1"
 
 clean:
-	rm -rf .venv .venv-oldest .venv-nightly .pytest_cache finetuned
+	rm -rf .venv .venv-oldest .venv-nightly .venv-release .pytest_cache .mypy_cache dist finetuned

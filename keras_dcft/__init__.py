@@ -24,7 +24,7 @@ from keras_dcft.verbs import (
     shard_adapters,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PAPER_RECIPES",

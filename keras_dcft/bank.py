@@ -10,6 +10,8 @@ import json
 import math
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -24,6 +26,7 @@ from keras_dcft.planning import check_built
 from keras_dcft.reclassing import made_class, weight_owners
 from keras_dcft.rows import RowLayer, takes_rows
 from keras_dcft.settings import checked_positive_int, shortened
+from keras_dcft.signatures import FilePath
 
 
 class AdapterBank:
@@ -52,7 +55,12 @@ class AdapterBank:
         (2, 64)
     """
 
-    def __init__(self, model: keras.Model, adapters: dict | None = None, capacity: int = 1000):
+    def __init__(
+        self,
+        model: keras.Model,
+        adapters: dict[str, FilePath] | None = None,
+        capacity: int = 1000,
+    ):
         check_built(checked_model(model))
         self._capacity = checked_positive_int("capacity", capacity)
         self._model = model
@@ -70,23 +78,23 @@ class AdapterBank:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, name) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._rows
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(list(self._rows))
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self):
         state = f"{len(self)} adapters" if self._is_open else "closed"
         return f"<AdapterBank of model '{self._model.name}', {state}>"
 
-    def add(self, name: str, path):
+    def add(self, name: str, path: FilePath) -> None:
         """Takes an adapter file in; calls that have begun do not see it.
 
         Args:
@@ -138,20 +146,20 @@ class AdapterBank:
         self._table[0] = plan.base
         self._free = list(range(self._capacity, 0, -1))
 
-    def remove(self, name: str):
+    def remove(self, name: str) -> None:
         """Forgets an adapter; calls that have begun go on with it."""
         with self._lock:
             self._check_open()
             self._check_names([name])
             self._free.append(self._rows.pop(name))
 
-    def close(self):
+    def close(self) -> None:
         """Lets go of the model and of all adapters, when the calls that run have ended."""
         with selection.calls.changing(), self._lock:
             self._release()
             self._is_open, self._rows, self._table, self._plan = False, {}, None, None
 
-    def __call__(self, inputs, adapters):
+    def __call__(self, inputs: Any, adapters: Sequence[str | None]) -> Any:
         """One call of the model, as `model(inputs, training=False)`.
 
         Args:
@@ -165,7 +173,13 @@ class AdapterBank:
             plan.check_rows(inputs, len(rows))
             return plan.per_row((inputs, ops.convert_to_tensor(rows)))
 
-    def predict(self, inputs, adapters, batch_size: int = 32, verbose: int = 0):
+    def predict(
+        self,
+        inputs: Any,
+        adapters: Sequence[str | None],
+        batch_size: int = 32,
+        verbose: int = 0,
+    ) -> Any:
         """The model's `predict`, with an adapter for each row.
 
         Args:
@@ -206,7 +220,9 @@ class AdapterBank:
             bar.add(1)
         return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *outputs)
 
-    def generate(self, inputs, adapters, **arguments):
+    def generate(
+        self, inputs: Any, adapters: Sequence[str | None] | str | None, **arguments: Any
+    ) -> Any:
         """A KerasHub task's `generate`, with an adapter for each prompt.
 
         Args:

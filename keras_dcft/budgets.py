@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 
 import keras
 from rich.console import Console
@@ -19,6 +20,7 @@ from keras_dcft.planning import (
 )
 from keras_dcft.reclassing import matrix_shape_of, weight_owners
 from keras_dcft.settings import AdapterSettings, checked_positive_int
+from keras_dcft.signatures import FilePath, KernelSize, Layers
 
 LORA_RANKS = (1, 8)
 
@@ -40,9 +42,9 @@ class ParameterTable:
     model: str
     rank: int
     base_parameters: int
-    shapes: tuple
-    dcft_parameters: list
-    lora_parameters: dict
+    shapes: tuple[tuple[int, int], ...]
+    dcft_parameters: list[tuple[KernelSize, int | None]]
+    lora_parameters: dict[int, int]
 
     def _rows(self):
         for kernel_size, count in self.dcft_parameters:
@@ -70,7 +72,7 @@ class ParameterTable:
         console.print(self)
         return console.file.getvalue().rstrip("\n")
 
-    def plot(self, path):
+    def plot(self, path: FilePath) -> None:
         """Draws the trainable numbers of every kernel size into a picture file.
 
         Beside the curve stand the LoRA ranks and, where it is least, the kernel size; in theory
@@ -120,11 +122,11 @@ class ParameterTable:
 
 def dcft_parameter_table(
     model: keras.Model,
-    kernel_sizes=(2, 4, 8, 16, 32),
+    kernel_sizes: Sequence[KernelSize] = (2, 4, 8, 16, 32),
     rank: int = 1,
     *,
-    target_layers=None,
-    exclude_layers=None,
+    target_layers: Layers = None,
+    exclude_layers: Layers = None,
 ) -> ParameterTable:
     """What `enable_dcft` would train at each kernel size, beside LoRA on the same kernels.
 
@@ -179,8 +181,8 @@ def kernel_size_for_budget(
     parameters: int,
     *,
     rank: int = 1,
-    target_layers=None,
-    exclude_layers=None,
+    target_layers: Layers = None,
+    exclude_layers: Layers = None,
 ) -> int:
     """The smallest kernel size, that is the finest subspace, whose adapters keep to a budget.
 

@@ -14,6 +14,7 @@ from keras_dcft.files import SUFFIX, read_dcft_notes, save_dcft_weights
 from keras_dcft.models import the_name
 from keras_dcft.paths import required_dcft_layers
 from keras_dcft.settings import shortened
+from keras_dcft.signatures import FilePath
 
 
 class DCFTCheckpoint(keras.callbacks.Callback):
@@ -54,14 +55,14 @@ class DCFTCheckpoint(keras.callbacks.Callback):
 
     def __init__(
         self,
-        filepath,
-        monitor="val_loss",
-        save_best_only=False,
-        mode="auto",
-        verbose=0,
-        save_freq="epoch",
-        initial_value_threshold=None,
-        name=None,
+        filepath: FilePath,
+        monitor: str = "val_loss",
+        save_best_only: bool = False,
+        mode: str = "auto",
+        verbose: int = 0,
+        save_freq: int | str = "epoch",
+        initial_value_threshold: float | None = None,
+        name: str | None = None,
     ):
         super().__init__()
         if not str(filepath).endswith(SUFFIX):

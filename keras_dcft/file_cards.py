@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -10,6 +11,7 @@ from keras_dcft.cards import README, facts_of, updated
 from keras_dcft.files import Place, check_settings, checked_path, read
 from keras_dcft.models import the_name
 from keras_dcft.paths import required_dcft_layers
+from keras_dcft.signatures import FilePath
 from keras_dcft.writing import write_atomically
 
 CODE_FOR_A_FILE = """\
@@ -21,12 +23,12 @@ load_dcft_weights(model, "{file}")"""
 
 def write_model_card(
     model: keras.Model,
-    path,
+    path: FilePath,
     *,
     name: str | None = None,
     base: str | None = None,
-    metrics: dict | str | None = None,
-    data: dict | str | None = None,
+    metrics: dict[str, Any] | str | None = None,
+    data: dict[str, Any] | str | None = None,
 ) -> Path:
     """Writes what there is to say of an adapter into the `README.md` beside its file.
 

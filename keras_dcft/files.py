@@ -20,6 +20,7 @@ import json
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -48,6 +49,7 @@ from keras_dcft.planning import check_built
 from keras_dcft.reclassing import DCFT_CLASSES, matrix_shape_of, weight_owners, weight_shape_of
 from keras_dcft.settings import AdapterSettings
 from keras_dcft.shares import DEFAULT_NAME
+from keras_dcft.signatures import FilePath, Model
 from keras_dcft.verbs import adapt_and_reset
 from keras_dcft.writing import write_atomically
 
@@ -57,8 +59,12 @@ FORMAT_VERSION = 2
 
 
 def save_dcft_weights(
-    model: keras.Model, path, notes: dict | None = None, *, name: str | None = None
-):
+    model: keras.Model,
+    path: FilePath,
+    notes: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
+) -> None:
     """Writes what was trained in an adapted model to a `*.dcft.safetensors` file.
 
     That is the adapters, the layers trained in full beside them, a task's head, and whatever else
@@ -117,7 +123,7 @@ def _content(model, name, notes) -> tuple[dict, dict]:
     return tensors, metadata
 
 
-def load_dcft_weights(model: keras.Model, path, *, name: str | None = None) -> keras.Model:
+def load_dcft_weights(model: Model, path: FilePath, *, name: str | None = None) -> Model:
     """Loads an adapter file into a model, all of it or, with an error, nothing.
 
     A plain model is adapted first, with the file's settings. In a model that is adapted already
@@ -248,7 +254,7 @@ def place_for(model, metadata):
     return Place(model, None, json.loads(metadata["dcft_config"]), part)
 
 
-def read_dcft_notes(path) -> dict:
+def read_dcft_notes(path: FilePath) -> dict[str, Any]:
     """What is in an adapter file, told without a model; the whole file is checked for it.
 
     Args:

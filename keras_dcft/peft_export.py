@@ -20,6 +20,7 @@ from keras_dcft.lora import lora_factors
 from keras_dcft.models import the_name
 from keras_dcft.paths import joined, required_dcft_layers
 from keras_dcft.reclassing import matrix_shape_of
+from keras_dcft.signatures import FilePath
 from keras_dcft.transformers_names import (
     OUTPUT_MODULE,
     family_of,
@@ -41,8 +42,13 @@ OURS = {"written_by": "keras_dcft"}
 
 
 def export_to_peft(
-    model: keras.Model, folder, name: str | None = None, *, head=None, base: str | None = None
-):
+    model: keras.Model,
+    folder: FilePath,
+    name: str | None = None,
+    *,
+    head: str | None = None,
+    base: str | None = None,
+) -> None:
     """Writes an adapter as a LoRA folder of Hugging Face PEFT, for the model in Transformers.
 
     A LoRA of rank `rank * kernel_size` per layer, exactly the same increment, with a scaling of 1.

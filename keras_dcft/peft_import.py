@@ -6,7 +6,6 @@ import math
 import re
 from pathlib import Path
 
-import keras
 import numpy as np
 import safetensors
 
@@ -20,6 +19,7 @@ from keras_dcft.peft_export import CONFIG, PREFIX, WEIGHT_NAMES, WEIGHTS
 from keras_dcft.planning import check_built
 from keras_dcft.reclassing import matrix_shape_of, weight_of
 from keras_dcft.settings import AdapterSettings, shortened
+from keras_dcft.signatures import FilePath, Model
 from keras_dcft.transformers_names import (
     OUTPUT_MODULE,
     family_of,
@@ -64,7 +64,7 @@ UNDERSTOOD = {
 STARTS_WITH_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def import_from_peft(model: keras.Model, folder, name: str | None = None) -> keras.Model:
+def import_from_peft(model: Model, folder: FilePath, name: str | None = None) -> Model:
     """Loads a LoRA folder of Hugging Face PEFT into a KerasHub model, as DCFT of kernel size 1.
 
     Exactly: what the model computes is what PEFT's would. It can be trained on, saved, merged, put

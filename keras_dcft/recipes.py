@@ -1,5 +1,7 @@
 """The authors' settings for DeBERTaV3-base on GLUE, from their scripts (arXiv 2503.01419)."""
 
+from typing import Any
+
 _START = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
 
 
@@ -26,7 +28,7 @@ def _recipe(scale, learning_rate, epochs, warmup, orthogonality, head_dropout, d
 
 # By GLUE's task. `arguments` are those of `enable_dcft`, whose increment has the scale
 # `alpha / rank`; the rest is for AdamW with a `LinearWarmupDecay`, the head and the tokenizer.
-PAPER_RECIPES = {
+PAPER_RECIPES: dict[str, dict[str, Any]] = {
     "cola": _recipe(32 / 3, 8e-4, 25, 100, 0.1, 0.1, 0.0, 64),
     "mnli": _recipe(16 / 3, 5e-4, 7, 1000, 0.1, 0.15, 0.0, 256),
     "mrpc": _recipe(16.0, 1e-3, 30, 0.1, 0.1, 0.0, 0.01, 320),

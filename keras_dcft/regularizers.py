@@ -1,5 +1,7 @@
 """The paper's orthogonality penalty as a Keras regularizer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -35,7 +37,7 @@ class Orthonormality(keras.regularizers.Regularizer):
         self.strength = float(strength)
         self.mode = mode
 
-    def __call__(self, matrix):
+    def __call__(self, matrix: Any) -> Any:
         """The penalty, a scalar, of a tensor of shape `(rows, columns)`."""
         transposed = ops.transpose(matrix)
         if self.mode == "columns":
@@ -49,5 +51,5 @@ class Orthonormality(keras.regularizers.Regularizer):
             is_zero, 0.0, ops.sqrt(ops.where(is_zero, ops.ones_like(squares), squares))
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"strength": self.strength, "mode": self.mode}

@@ -1,6 +1,7 @@
 """The paper's learning-rate schedule, which Keras does not have."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -70,14 +71,14 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
         self.warmup_share = warmup_share
         self.warmup_steps = warmup_steps
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         """The learning rate, a float32 scalar, in a step counted from zero."""
         step = ops.cast(step, "float32")
         warmup = self.warmup_steps or self.warmup_share * self.steps
         rising, falling = step / warmup, (self.steps - step) / (self.steps - warmup)
         return self.peak_learning_rate * ops.maximum(0.0, ops.minimum(rising, falling))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "peak_learning_rate": self.peak_learning_rate,
             "steps": self.steps,

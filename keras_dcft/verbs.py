@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -28,25 +29,26 @@ from keras_dcft.settings import (
     shortened,
 )
 from keras_dcft.shares import DEFAULT_NAME
+from keras_dcft.signatures import Initializer, KernelSize, Layers, Model
 
 SMALL_SHARE = 0.1  # of a model's parameters, below which adapting it is hardly what was meant
 
 
 def enable_dcft(
-    model: keras.Model,
-    kernel_size: int | str | dict = DEFAULT_KERNEL_SIZE,
+    model: Model,
+    kernel_size: KernelSize = DEFAULT_KERNEL_SIZE,
     *,
     rank: int = 1,
     alpha: float = DEFAULT_ALPHA,
     dropout: float = 0.0,
     orthogonality: float = 0.0,
-    factor_initializer=None,
-    filter_initializer=None,
-    target_layers=None,
-    exclude_layers=None,
-    trainable_layers=None,
+    factor_initializer: Initializer = None,
+    filter_initializer: Initializer = None,
+    target_layers: Layers = None,
+    exclude_layers: Layers = None,
+    trainable_layers: Layers = None,
     name: str = DEFAULT_NAME,
-) -> keras.Model:
+) -> Model:
     """Freezes a model and adapts its dense layers with DCFT (arXiv 2503.01419), in place.
 
     Every targeted `Dense` becomes a `DCFTDense` and every `EinsumDense` a `DCFTEinsumDense`, and an
@@ -197,7 +199,7 @@ def _warn_of_integers(task):
         )
 
 
-def activate_dcft(model: keras.Model, name: str | None) -> keras.Model:
+def activate_dcft(model: Model, name: str | None) -> Model:
     """Makes one of a model's adapters compute and train, its head and named layers with it.
 
     The others wait, and cost their memory and nothing else. Where the adapter has the layers and
@@ -234,8 +236,8 @@ def activate_dcft(model: keras.Model, name: str | None) -> keras.Model:
 
 
 def merge_dcft(
-    model: keras.Model, name: str | None = None, *, weights: dict | None = None
-) -> keras.Model:
+    model: Model, name: str | None = None, *, weights: dict[str, float] | None = None
+) -> Model:
     """Folds the increments into the kernels: plain Keras layers again that compute the same.
 
     Nothing of this package is needed to load what the model then saves. In float32 its predictions
@@ -302,7 +304,7 @@ def _checked_weights(model, name, weights) -> dict:
     return checked
 
 
-def remove_dcft(model: keras.Model, name: str | None = None) -> keras.Model:
+def remove_dcft(model: Model, name: str | None = None) -> Model:
     """Drops the increments: the base model back, bit for bit, trainable as before enabling.
 
     Args:
@@ -335,7 +337,7 @@ def remove_dcft(model: keras.Model, name: str | None = None) -> keras.Model:
     return model
 
 
-def convert_to_lora(model: keras.Model, name: str | None = None) -> keras.Model:
+def convert_to_lora(model: Model, name: str | None = None) -> Model:
     """Gives layers Keras's own LoRA, of rank `rank * kernel_size`, in place of an adapter.
 
     The model computes the same, is of Keras's own classes and needs nothing of this package. What
@@ -450,7 +452,7 @@ def shard_adapters(
 
 
 @contextlib.contextmanager
-def dcft_disabled(model: keras.Model):
+def dcft_disabled(model: Model) -> Iterator[Model]:
     """Inside this context the model computes what its base model does; outside as before.
 
     What was trained is switched off, the head and `trainable_layers` too, for all threads and in

@@ -1,7 +1,10 @@
+import ast
 import doctest
 import importlib
 import pkgutil
 import re
+import sys
+import tomllib
 
 import keras
 import pytest
@@ -27,6 +30,32 @@ def test_docstring_examples_are_true(module):
         importlib.import_module(f"keras_dcft.{module.name}"), extraglobs=names
     )
     assert results.failed == 0
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    of_package = {re.match(r"[\w-]+", text)[0].lower() for text in project["dependencies"]}
+    # A backbone is given by the user, a backend is there, a picture asks for matplotlib by name.
+    of_extras = {"keras-hub", "tensorflow", "jax", "torch", "matplotlib"}
+    for path in (ROOT / "keras_dcft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in names:
+                top = name.partition(".")[0]
+                if top not in sys.stdlib_module_names and top != "keras_dcft":
+                    assert top.replace("_", "-") in of_package | of_extras, (path, name)
+
+
+def test_changelog_and_citation_have_the_version_and_its_day():
+    version = keras_dcft.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    section = rf"^## {re.escape(version)} \((\d{{4}}-\d\d-\d\d)\)$"
+    day = re.search(section, changelog, re.MULTILINE)[1]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{day}"\n' in citation
 
 
 def test_only_public_keras_outside_of_the_one_place():

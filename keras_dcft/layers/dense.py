@@ -1,10 +1,13 @@
 """`DCFTDense`: a `keras.layers.Dense` with a frozen kernel plus a learned DCFT increment."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_dcft.layers.base import DCFTKernel, check_base_arguments
 from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
+from keras_dcft.signatures import Initializer
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -56,15 +59,15 @@ class DCFTDense(DCFTKernel, keras.layers.Dense):
 
     def __init__(
         self,
-        units,
-        kernel_size=DEFAULT_KERNEL_SIZE,
-        rank=1,
-        alpha=DEFAULT_ALPHA,
-        dropout=0.0,
-        orthogonality=0.0,
-        factor_initializer=None,
-        filter_initializer=None,
-        **kwargs,
+        units: int,
+        kernel_size: int = DEFAULT_KERNEL_SIZE,
+        rank: int = 1,
+        alpha: float = DEFAULT_ALPHA,
+        dropout: float = 0.0,
+        orthogonality: float = 0.0,
+        factor_initializer: Initializer = None,
+        filter_initializer: Initializer = None,
+        **kwargs: Any,
     ):
         check_base_arguments(kwargs)
         super().__init__(units, **kwargs)

@@ -1,6 +1,7 @@
 """`DCFTEinsumDense`: a `keras.layers.EinsumDense` with a frozen kernel plus a DCFT increment."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -8,6 +9,7 @@ from keras import ops
 from keras_dcft.einsum import einsum_axes, einsum_kernel_shape
 from keras_dcft.layers.base import DCFTKernel, check_base_arguments, holds_integers
 from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
+from keras_dcft.signatures import Initializer
 
 
 @keras.saving.register_keras_serializable("keras_dcft")
@@ -41,16 +43,16 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
 
     def __init__(
         self,
-        equation,
-        output_shape,
-        kernel_size=DEFAULT_KERNEL_SIZE,
-        rank=1,
-        alpha=DEFAULT_ALPHA,
-        dropout=0.0,
-        orthogonality=0.0,
-        factor_initializer=None,
-        filter_initializer=None,
-        **kwargs,
+        equation: str,
+        output_shape: int | tuple[int | None, ...],
+        kernel_size: int = DEFAULT_KERNEL_SIZE,
+        rank: int = 1,
+        alpha: float = DEFAULT_ALPHA,
+        dropout: float = 0.0,
+        orthogonality: float = 0.0,
+        factor_initializer: Initializer = None,
+        filter_initializer: Initializer = None,
+        **kwargs: Any,
     ):
         check_base_arguments(kwargs)
         einsum_axes(equation)

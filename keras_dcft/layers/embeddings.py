@@ -6,6 +6,7 @@ vocabulary is a product with the transposed table. Neither forms the (vocabulary
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,6 +14,7 @@ from keras import ops
 from keras_dcft import freezing, keras_internals
 from keras_dcft.layers.base import DCFTLayer, check_base_arguments
 from keras_dcft.settings import DEFAULT_ALPHA, DEFAULT_KERNEL_SIZE, AdapterSettings
+from keras_dcft.signatures import Initializer
 
 
 class DCFTTable(DCFTLayer):
@@ -92,15 +94,15 @@ class DCFTEmbedding(DCFTTable, keras.layers.Embedding):
 
     def __init__(
         self,
-        input_dim,
-        output_dim,
-        kernel_size=DEFAULT_KERNEL_SIZE,
-        rank=1,
-        alpha=DEFAULT_ALPHA,
-        orthogonality=0.0,
-        factor_initializer=None,
-        filter_initializer=None,
-        **kwargs,
+        input_dim: int,
+        output_dim: int,
+        kernel_size: int = DEFAULT_KERNEL_SIZE,
+        rank: int = 1,
+        alpha: float = DEFAULT_ALPHA,
+        orthogonality: float = 0.0,
+        factor_initializer: Initializer = None,
+        filter_initializer: Initializer = None,
+        **kwargs: Any,
     ):
         check_base_arguments(kwargs)
         weights = kwargs.pop("weights", None)
@@ -148,16 +150,16 @@ class DCFTReversibleEmbedding(DCFTTable, keras.layers.ReversibleEmbedding):
 
     def __init__(
         self,
-        input_dim,
-        output_dim,
-        tie_weights=True,
-        kernel_size=DEFAULT_KERNEL_SIZE,
-        rank=1,
-        alpha=DEFAULT_ALPHA,
-        orthogonality=0.0,
-        factor_initializer=None,
-        filter_initializer=None,
-        **kwargs,
+        input_dim: int,
+        output_dim: int,
+        tie_weights: bool = True,
+        kernel_size: int = DEFAULT_KERNEL_SIZE,
+        rank: int = 1,
+        alpha: float = DEFAULT_ALPHA,
+        orthogonality: float = 0.0,
+        factor_initializer: Initializer = None,
+        filter_initializer: Initializer = None,
+        **kwargs: Any,
     ):
         check_base_arguments(kwargs)
         super().__init__(input_dim, output_dim, tie_weights, **kwargs)
