@@ -13,7 +13,7 @@ from rich.text import Text
 
 from keras_dcft import shares
 from keras_dcft.hub import task_backbone
-from keras_dcft.increments import parameter_count
+from keras_dcft.increments import parameter_count, smallest_size
 from keras_dcft.models import adapter_names
 from keras_dcft.named import is_active
 from keras_dcft.paths import keras_paths, required_dcft_layers, walk, with_itself
@@ -136,9 +136,27 @@ def _described(model, name, place, expand) -> list:
         f"LoRA of rank 1 on the same kernels: {lora:,}, {lora / adapters:.1f} times as many.",
         f"Trained in full beside them: {other:,}. Trainable in all: {adapters + other:,}.",
     ]
+    lines += _better_sizes({path: layers[path] for path in owners}, settings, counts)
     if len(rows) < len(layers):
         lines.append("Rows are for all blocks together; `expand=True` shows every layer.")
     return [table, "\n".join(lines)]
+
+
+def _better_sizes(layers, settings, counts) -> list:
+    """A line for each kind of kernel that has over half more numbers than at its best size."""
+    found = {}
+    for path, layer in layers.items():
+        shape, rank = matrix_shape_of(layer), settings[path].rank
+        best = smallest_size(*shape, rank)
+        least = parameter_count(*shape, best, rank)
+        if counts[path] > 1.5 * least:
+            kind = shape, settings[path].kernel_size, counts[path], best, least
+            found[kind] = found.get(kind, 0) + 1
+    return [
+        f"Kernel size {size} trains {count:,} numbers in {counted(number, 'kernel')} of "
+        f"{' x '.join(map(str, shape))}, kernel size {best} would train {least:,}."
+        for (shape, size, count, best, least), number in found.items()
+    ]
 
 
 def _adapted_by(model, name) -> dict:

@@ -10,7 +10,7 @@ import keras_hub
 import pytest
 from tools import bert_classifier, sequential
 
-from keras_dcft import dcft_summary, enable_dcft
+from keras_dcft import dcft_summary, enable_dcft, remove_dcft
 
 
 def summary(model, **arguments):
@@ -205,3 +205,14 @@ def test_repr_of_a_model_tells_what_is_adapted():
     )
     task = enable_dcft(bert_classifier(), kernel_size={"query": 2, ".*": 4})
     assert "13 DCFT layers of rank 1, kernel size 2, 4>" in repr(task)
+
+
+def test_a_kernel_size_that_is_far_from_the_best_is_told():
+    model = keras.Sequential(
+        [keras.Input((32,)), keras.layers.Dense(32), keras.layers.Dense(32), keras.layers.Dense(8)]
+    )
+    printed = summary(enable_dcft(model, kernel_size=8))
+    # 2 * 4 + 64 against 2 * 11 + 9; 4 + 1 + 64 against 11 + 3 + 9.
+    assert "trains 72 numbers in 2 kernels of 32 x 32, kernel size 3 would train 31." in printed
+    assert "trains 69 numbers in 1 kernel of 32 x 8, kernel size 3 would train 23." in printed
+    assert "would train" not in summary(enable_dcft(remove_dcft(model), kernel_size="auto"))
