@@ -269,7 +269,9 @@ def adapt(model, config: dict, initializers=AdapterSettings()):  # noqa: B008 (f
     """
     layers = with_itself(model)
     _check_paths(model, config, layers)
-    untouched = set(config.get("untouched", ()))
+    # Tokenizers and what else makes inputs may be those of other models too.
+    of_inputs = [path for path, x in layers.items() if isinstance(x, tuple(keep_their_class))]
+    untouched = {*config.get("untouched", ()), *with_sublayers(of_inputs, layers)}
     touched = {
         path: layers[path]
         for path in with_sublayers(config.get("roots", [""]), layers)
@@ -460,7 +462,8 @@ def adapter_names(model) -> list:
     names = {}
     for position in (0, 1):
         for layer in model._flatten_layers():
-            if is_touched(layer):
+            # Of another model it may have layers without weights, such as a dropout.
+            if is_touched(layer) and keras_internals.own_weights(layer):
                 of_layer = [shares.active_name(layer)], shares.shares_of(layer)
                 names.update(dict.fromkeys(of_layer[position]))
     return [name for name in names if name is not None]

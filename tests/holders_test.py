@@ -402,3 +402,44 @@ def test_a_compiled_task_around_it_survives_merging_its_backbone():
     before = array(task.backbone.get_layer("pooled_dense").kernel)
     task.fit(TEXTS, LABELS, verbose=0)
     assert np.abs(array(task.backbone.get_layer("pooled_dense").kernel) - before).max() > 0
+
+
+def with_one_dropout():
+    inputs = keras.Input((12,))
+    dropped = keras.layers.Dropout(0.5)(inputs)
+    return [keras.Model(inputs, keras.layers.Dense(9)(dropped)) for _ in range(2)]
+
+
+def with_one_preprocessor():
+    tasks = [bert_classifier() for _ in range(2)]
+    tasks[1].preprocessor = tasks[0].preprocessor
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [(with_one_dropout, vectors()), (with_one_preprocessor, TEXTS[:4])],
+    ids=["dropout", "preprocessor"],
+)
+def test_models_that_share_no_weights_have_nothing_to_do_with_each_other(make, inputs, tmp_path):
+    first, second = make()
+    base = predict(second, inputs)
+    enable_dcft(first, kernel_size=4)
+    assert not hasattr(second, "dcft_config")
+    np.testing.assert_array_equal(predict(second, inputs), base)
+    enable_dcft(second, kernel_size=2, name="legal")
+    randomize_adapters(second)
+    assert list(first.dcft_adapters) == ["default"]
+    assert list(second.dcft_adapters) == ["legal"]
+    expected = predict(second, inputs)
+    save_dcft_weights(second, tmp_path / "a.dcft.safetensors")
+    second.save(tmp_path / "a.keras")
+    remove_dcft(first)
+    np.testing.assert_array_equal(predict(second, inputs), expected)
+    loaded = keras.saving.load_model(tmp_path / "a.keras")
+    np.testing.assert_array_equal(predict(loaded, inputs), expected)
+    assert list(loaded.dcft_adapters) == ["legal"]
+    remove_dcft(second)
+    np.testing.assert_array_equal(predict(second, inputs), base)
+    load_dcft_weights(second, tmp_path / "a.dcft.safetensors")
+    np.testing.assert_array_equal(predict(second, inputs), expected)
