@@ -293,9 +293,9 @@ def test_long_training(run, tmp_path, glue, squad):
 @needs_tfds
 def test_precision(run, tmp_path, glue):
     run("precision", "--data-dir", glue)
-    in_float, in_int = results_of(tmp_path, "precision.jsonl")
-    assert in_int["frozen_bytes"] < in_float["frozen_bytes"]
-    assert row_of(run("precision", "--table"), "int8")
+    full, half = results_of(tmp_path, "precision.jsonl")
+    assert half["frozen_bytes"] * 2 == full["frozen_bytes"]
+    assert row_of(run("precision", "--table"), "bfloat16")
 
 
 @on("torch")
