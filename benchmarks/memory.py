@@ -51,6 +51,7 @@ TOKENS, MANY_TOKENS = 512, 4096
 if measuring.QUICK:
     SIZE |= {"vocabulary_size": 64, "num_layers": 1, "num_query_heads": 4}
     SIZE |= {"hidden_dim": 64, "intermediate_dim": 32}
+    LARGE = SIZE
     METHODS, BASES, TOKENS, MANY_TOKENS = (FLOOR, DCFT), ("bfloat16",), 8, 16
 TRAINING, COPIES, WRITING = "training step", "no second copy", "writing"
 DONE = (

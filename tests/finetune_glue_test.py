@@ -178,7 +178,7 @@ def test_the_papers_recipe_is_followed(arguments, preset, tmp_path, monkeypatch)
     (run,) = lines(tmp_path)
     assert (run["recipe"], run["learning_rate"], run["epochs"]) == ("paper", 1.2e-3, 1)
     [classifier] = trained
-    config = classifier.dcft_config
+    config = classifier.backbone.dcft_config
     assert (config["alpha"], config["orthogonality"]) == (16.0, 0.3)
     assert config["trainable_layers"] == ["pooled_dense"]
     assert len(config["layers"]) == 2 * 6
