@@ -23,7 +23,7 @@ def choose(task):
     """Gives the optimizer that a task was born with, or another such, the rate for adapters."""
     optimizer = _inner_optimizer(task)
     if any(_is_usual(optimizer, rate) for rate in BORN_WITH):
-        _rates_before.setdefault(task, float(optimizer.learning_rate))
+        _rates_before.setdefault(task, optimizer.get_config()["learning_rate"])
         optimizer.learning_rate = LEARNING_RATE
 
 
@@ -40,7 +40,7 @@ def warn_of_low_rate(model):
     # Rates of others have another meaning, and schedules may begin at zero.
     if not isinstance(optimizer, keras.optimizers.Adam) or _has_schedule(optimizer):
         return
-    rate = float(optimizer.learning_rate)
+    rate = optimizer.get_config()["learning_rate"]
     if 0 < rate < TOO_LOW and optimizer not in _warned:
         _warned.add(optimizer)
         warnings.warn(
