@@ -1,4 +1,4 @@
-"""The one place that knows KerasHub: its backbones and tasks, and how they are written.
+"""What KerasHub's backbones and tasks do when they are adapted, and how they are written.
 
 Keras must know a class before a file or preset is loaded, and it may be KerasHub or this package
 that is imported first; so the made classes of all of KerasHub's are made when this is imported.

@@ -5,12 +5,12 @@ DCFT of rank r and kernel size d is a LoRA of rank r·d: nothing is approximated
 """
 
 import json
-import struct
 import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from keras_dcft import named, selection
@@ -65,6 +65,7 @@ def export_to_peft(
         name: str, the adapter to write, active or not, where the model has several.
         head: "separate" to write the head to `head.safetensors` beside it instead, under its names
             in Transformers: vLLM refuses adapters with full weights.
+        base: str, what is to stand in the folder as the base's name or path in Transformers.
 
     Raises:
         ValueError: if the model is not adapted, has several adapters and none of this name, is of
@@ -130,12 +131,10 @@ def _is_ours(path) -> bool:
     """Whether a file of weights says that it was written here."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        header = file.read(min(size, 1_000_000))
     try:
-        return OURS.items() <= json.loads(header).get("__metadata__", {}).items()
-    except ValueError:
+        with safetensors.safe_open(path, "np") as file:
+            return OURS.items() <= (file.metadata() or {}).items()
+    except safetensors.SafetensorError:  # then it is somebody's something
         return False
 
 

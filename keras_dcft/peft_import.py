@@ -155,12 +155,9 @@ def _read_config(folder) -> dict:
                 f"{folder / CONFIG}: damaged, `{key}` must be a number above 0. The file has "
                 f"{key}={shortened(repr(value))}."
             )
-    targets = config.get("target_modules")
-    for pattern in [
-        *(config.get("rank_pattern") or ()),
-        *(config.get("alpha_pattern") or ()),
-        *([targets] if isinstance(targets, str) else ()),
-    ]:
+    modules = (config.get("target_modules"), config.get("exclude_modules"))
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    for pattern in [*patterns, *(names for names in modules if isinstance(names, str))]:
         try:
             re.compile(pattern)
         except re.error as error:

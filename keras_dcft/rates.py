@@ -23,7 +23,7 @@ def choose(task):
     """Gives the optimizer that a task was born with, or another such, the rate for adapters."""
     optimizer = _inner_optimizer(task)
     if any(_is_usual(optimizer, rate) for rate in BORN_WITH):
-        _rates_before.setdefault(task, optimizer.get_config()["learning_rate"])
+        _rates_before.setdefault(task, _number(optimizer))
         optimizer.learning_rate = LEARNING_RATE
 
 
@@ -38,10 +38,8 @@ def warn_of_low_rate(model):
     """Warns, once for an optimizer, where adapters would learn next to nothing."""
     optimizer = _inner_optimizer(model)
     # Rates of others have another meaning, and schedules may begin at zero.
-    if not isinstance(optimizer, keras.optimizers.Adam) or _has_schedule(optimizer):
-        return
-    rate = optimizer.get_config()["learning_rate"]
-    if 0 < rate < TOO_LOW and optimizer not in _warned:
+    rate = _number(optimizer) if isinstance(optimizer, keras.optimizers.Adam) else None
+    if rate is not None and 0 < rate < TOO_LOW and optimizer not in _warned:
         _warned.add(optimizer)
         warnings.warn(
             f"Compile with a larger learning rate: at {rate:.1g} adapters learn next to nothing in "
@@ -55,8 +53,13 @@ def _inner_optimizer(model):
     return getattr(optimizer, "inner_optimizer", optimizer)  # in mixed precision
 
 
-def _has_schedule(optimizer) -> bool:
-    return isinstance(optimizer.get_config()["learning_rate"], dict)
+def _number(optimizer) -> float | None:
+    """An optimizer's learning rate, if it is a number: no schedule, no function.
+
+    From its configuration, as a variable that lies on several replicas is no number itself.
+    """
+    rate = optimizer.get_config().get("learning_rate")
+    return rate if isinstance(rate, float) else None
 
 
 def _is_usual(optimizer, rate) -> bool:
@@ -64,7 +67,7 @@ def _is_usual(optimizer, rate) -> bool:
     # On PyTorch they are of classes of their own with the same names.
     cls = getattr(keras.optimizers, type(optimizer).__name__, None)
     is_adam = cls in (keras.optimizers.Adam, keras.optimizers.AdamW)
-    if not is_adam or not isinstance(optimizer, cls) or _has_schedule(optimizer):
+    if not is_adam or not isinstance(optimizer, cls) or _number(optimizer) is None:
         return False
     config = optimizer.get_config()
     parameters = inspect.signature(cls).parameters

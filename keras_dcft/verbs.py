@@ -60,8 +60,8 @@ def enable_dcft(
     compiled, fitted or used before need not be compiled again; its optimizer starts afresh.
 
     DCFT wants a larger learning rate than full fine-tuning: start at 5e-3 with Adam. A KerasHub
-    task that has the optimizer it was born with, or is compiled with `optimizer="auto"`, gets this
-    rate; `fit` warns of a rate of Adam below a tenth of it.
+    task that has the optimizer it was born with, or one just like it, or is compiled with
+    `optimizer="auto"`, gets this rate; `fit` warns of a rate of Adam below a tenth of it.
 
     Args:
         model: a built `keras.Model`: a KerasHub task or backbone, a Sequential, functional,
@@ -167,13 +167,8 @@ def _warn_of_small_share(part, config):
     sizes = {
         path: shares.size(keras_internals.own_weights(layer)) for path, layer in layers.items()
     }
-    sizes = {path: size for path, size in sizes.items() if size}
-    covered = {
-        path: sizes[path]
-        for path in [*config["layers"], *config["trainable_layers"]]
-        if path in sizes
-    }
-    total, share = shares.size(shares.base_weights(part).values()), sum(covered.values())
+    covered = {*config["layers"], *config["trainable_layers"]}
+    share, total = sum(sizes[path] for path in covered), sum(sizes.values())
     if share < SMALL_SHARE * total:
         frozen = [path for path, size in sizes.items() if size and path not in covered]
         frozen = sorted(frozen, key=sizes.get, reverse=True)[:5]

@@ -30,6 +30,22 @@ def test_the_readme_has_its_figures():
         f"{by_backend[backend]['ratio to one']['bank']['median']:.2f}"
         for backend in ("tensorflow", "jax", "torch")
     )
+    ratios = {
+        (run["backend"], run["model"], run["device"].split()[0], method): (
+            f"{of_method['ratio to floor']['median']:.2f}"
+        )
+        for run in json.loads((RESULTS / "training_step.json").read_text())
+        for method, of_method in run["methods"].items()
+    }
+    dcft, lora = "DCFT, kernel size 8, rank 1", "Keras LoRA, rank 1"
+    of_dcft, of_lora = (
+        [ratios[backend, "minilm", "2", method] for backend in ("tensorflow", "jax")]
+        for method in (dcft, lora)
+    )
+    on_cpu = f"{of_dcft[0]} (TensorFlow) and {of_dcft[1]} (JAX), Keras's LoRA {of_lora[0]} and"
+    assert f"{on_cpu} {of_lora[1]}" in readme
+    wide = [ratios["torch", "wide", "NVIDIA", method] for method in (dcft, lora)]
+    assert f"with PyTorch {wide[0]}, Keras's LoRA {wide[1]}." in readme
     assert f"take {tensorflow} (TensorFlow), {jax} (JAX) and {torch} (PyTorch) times" in readme
 
 

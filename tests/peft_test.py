@@ -669,6 +669,7 @@ BROKEN = {
     "no rank": (changed(r=None), "`r` must be a number above 0.*r=None"),
     "no alpha": (changed(lora_alpha="16"), "`lora_alpha` must be.*lora_alpha='16'"),
     "a pattern that is none": (changed(rank_pattern={"(": 3}), r"'\(' is no regular expression"),
+    "excluded that are none": (changed(exclude_modules="("), r"'\(' is no regular expression"),
     "targets that are none": (changed(target_modules="("), r"'\(' is no regular expression"),
     "a convolution": (replaced("lora_A", lambda a: a[..., None, None]), "as of a convolution"),
     "float8": (replaced("lora_A", lambda a: a.astype("int8")), "in I8"),
