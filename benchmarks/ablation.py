@@ -30,7 +30,6 @@ import numpy as np
 import tensorflow as tf
 from keras import initializers, optimizers
 from measuring import add_line, fill, lines_of
-from methods import build_optimizer, linear_decay
 from quality import (
     BATCH_SIZES,
     EPOCHS,
@@ -40,6 +39,7 @@ from quality import (
     make,
     start_as_lora,
 )
+from support.methods import build_optimizer, linear_decay
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers, walk

@@ -88,7 +88,7 @@ def predicting(folder, rounds) -> dict:
     import keras
     import keras_hub
     import numpy as np
-    from methods import default_preset
+    from support.methods import default_preset
 
     from keras_dcft import AdapterBank, activate_dcft, load_dcft_weights, remove_dcft
 
@@ -191,7 +191,7 @@ def with_peft(folder, rounds) -> dict:
     import peft
     import torch
     import transformers
-    from methods import default_preset
+    from support.methods import default_preset
 
     from keras_dcft import AdapterBank
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import keras_hub
 from measuring import DOCS, QUICK, fill
-from methods import default_preset
+from support.methods import default_preset
 
 from keras_dcft import enable_dcft, export_to_peft, merge_dcft, save_dcft_weights
 

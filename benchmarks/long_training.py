@@ -34,8 +34,8 @@ import numpy as np
 from keras import initializers
 from lanes import Examples, Lanes, Settings, flat_values, plan
 from measuring import add_line, fill, lines_of
-from methods import linear_decay
 from prepared import make_backbone, make_model, prepare, read
+from support.methods import linear_decay
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers

@@ -25,8 +25,8 @@ import measuring
 import numpy as np
 from finetune_text_classifier import accuracy, batches, make_classifier
 from measuring import add_line, lines_of
-from methods import default_preset, linear_decay
-from text_data import load_text_data
+from support.methods import default_preset, linear_decay
+from support.text_data import load_text_data
 
 from keras_dcft import enable_dcft, load_dcft_weights, merge_dcft, save_dcft_weights
 

@@ -14,8 +14,8 @@ import measuring
 import numpy as np
 from keras import ops
 from lanes import Examples
-from question_answering import Window, Windows, answers
-from squad_data import Answer, Question, score
+from support.question_answering import Window, Windows, answers
+from support.squad_data import Answer, Question, score
 
 SST2_SENTENCES = 8 if measuring.QUICK else 20_000
 PARTS = ("train", "validation", "reported")
@@ -131,9 +131,9 @@ def prepare(folder, data_dir, squad):
 def _glue_parts(task, data_dir) -> dict:
     """As in `quality.py`, with more of SST-2."""
     import quality
-    from methods import default_preset
-    from text_classifier import make_classifier
-    from text_data import glue_data
+    from support.methods import default_preset
+    from support.text_classifier import make_classifier
+    from support.text_data import glue_data
 
     everything = glue_data(f"glue/{task}", data_dir)
     texts, labels = everything.train_texts, everything.train_labels
@@ -150,7 +150,7 @@ def _glue_parts(task, data_dir) -> dict:
 
 def _write_backbone(folder, ids):
     """The weights, of the word embeddings those that occur, in a file of their own."""
-    from methods import default_preset
+    from support.methods import default_preset
 
     backbone = keras_hub.models.Backbone.from_preset(str(default_preset()))
     (folder / "backbone.json").write_text(json.dumps(backbone.get_config()))

@@ -31,11 +31,11 @@ import numpy as np
 import tensorflow as tf
 from finetune_question_answering import load_preset, make_model, model_inputs
 from measuring import QUICK, add_line, fill, lines_of
-from methods import build_optimizer, default_preset, enable_keras_lora, linear_decay
-from question_answering import answers, make_windows
-from squad_data import load_questions, score, split_by_article
-from text_classifier import make_classifier
-from text_data import glue_data
+from support.methods import build_optimizer, default_preset, enable_keras_lora, linear_decay
+from support.question_answering import answers, make_windows
+from support.squad_data import load_questions, score, split_by_article
+from support.text_classifier import make_classifier
+from support.text_data import glue_data
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 

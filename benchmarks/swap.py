@@ -18,7 +18,7 @@ import keras
 import keras_hub
 import measuring
 import numpy as np
-from methods import default_preset
+from support.methods import default_preset
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights
 

@@ -288,7 +288,7 @@ class KerasStep:
 
 def make_classifier(model):
     import keras_hub
-    from methods import default_preset
+    from support.methods import default_preset
 
     arguments = arguments_of(model)
     if arguments is None:
@@ -302,7 +302,7 @@ def make_classifier(model):
 
 def apply_method(task, method):
     """Decides what of the task is trained."""
-    from methods import enable_keras_lora
+    from support.methods import enable_keras_lora
 
     from keras_dcft import enable_dcft
 
@@ -341,7 +341,7 @@ class HuggingFaceStep:
         import peft
         import torch
         import transformers
-        from methods import default_preset
+        from support.methods import default_preset
 
         torch.manual_seed(0)
         arguments = arguments_of(model)

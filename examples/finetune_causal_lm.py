@@ -26,7 +26,7 @@ import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-from command_line import (
+from support.command_line import (
     OneLineParser,
     file_size,
     positive_float,
@@ -34,9 +34,9 @@ from command_line import (
     progress_verbosity,
     run_or_exit,
 )
-from corpora import docstring_corpus, file_corpus, read_text
-from methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay, load_task
-from small_gpt2 import small_gpt2
+from support.corpora import docstring_corpus, file_corpus, read_text
+from support.methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay, load_task
+from support.small_gpt2 import small_gpt2
 
 from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_weights
 from keras_dcft.settings import counted

@@ -24,20 +24,26 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from command_line import (
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from support.command_line import (
     OneLineParser,
     positive_float,
     positive_int,
     progress_verbosity,
     run_or_exit,
 )
-from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from text_classifier import batches, make_classifier
-from text_data import check_glue_folder, glue_split, load_text_data
+from support.methods import (
+    LEARNING_RATES,
+    apply_method,
+    build_optimizer,
+    default_preset,
+    linear_decay,
+)
+from support.text_classifier import batches, make_classifier
+from support.text_data import check_glue_folder, glue_split, load_text_data
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay
 

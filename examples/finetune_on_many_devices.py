@@ -30,16 +30,16 @@ import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-from command_line import (
+from support.command_line import (
     OneLineParser,
     positive_float,
     positive_int,
     progress_verbosity,
     run_or_exit,
 )
-from corpora import docstring_corpus, file_corpus, read_text
-from methods import LEARNING_RATES
-from small_gpt2 import byte_pair_tokenizer
+from support.corpora import docstring_corpus, file_corpus, read_text
+from support.methods import LEARNING_RATES
+from support.small_gpt2 import byte_pair_tokenizer
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights, shard_adapters
 

@@ -27,7 +27,8 @@ import keras_hub
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from command_line import (
+from keras import ops
+from support.command_line import (
     OneLineParser,
     file_size,
     positive_float,
@@ -35,10 +36,15 @@ from command_line import (
     progress_verbosity,
     run_or_exit,
 )
-from keras import ops
-from methods import LEARNING_RATES, apply_method, build_optimizer, default_preset, linear_decay
-from question_answering import answers, make_windows
-from squad_data import load_question_data, score
+from support.methods import (
+    LEARNING_RATES,
+    apply_method,
+    build_optimizer,
+    default_preset,
+    linear_decay,
+)
+from support.question_answering import answers, make_windows
+from support.squad_data import load_question_data, score
 
 from keras_dcft.settings import counted
 

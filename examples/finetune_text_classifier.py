@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from command_line import (
+from support.command_line import (
     LEARNING_RATES,
     DefaultsOnce,
     OneLineParser,
@@ -81,9 +81,9 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from methods import apply_method, build_optimizer, default_preset, linear_decay, load_task
-from text_classifier import batches, make_classifier
-from text_data import load_text_data
+from support.methods import apply_method, build_optimizer, default_preset, linear_decay, load_task
+from support.text_classifier import batches, make_classifier
+from support.text_data import load_text_data
 
 from keras_dcft import save_dcft_weights
 from keras_dcft.increments import parameter_count

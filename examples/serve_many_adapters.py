@@ -28,10 +28,10 @@ import keras
 import numpy as np
 import pydantic
 import uvicorn
-from command_line import OneLineParser, positive_int, progress_verbosity, run_or_exit
-from methods import LEARNING_RATES, default_preset, linear_decay
-from text_classifier import batches, make_classifier
-from text_data import TextData, load_text_data
+from support.command_line import OneLineParser, positive_int, progress_verbosity, run_or_exit
+from support.methods import LEARNING_RATES, default_preset, linear_decay
+from support.text_classifier import batches, make_classifier
+from support.text_data import TextData, load_text_data
 
 from keras_dcft import AdapterBank, enable_dcft, read_dcft_notes, remove_dcft, save_dcft_weights
 from keras_dcft.files import SUFFIX

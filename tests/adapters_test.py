@@ -404,7 +404,7 @@ def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
 @pytest.mark.real
 def test_the_minilm_file_is_small(tmp_path):
     import keras_hub
-    from methods import default_preset
+    from support.methods import default_preset
 
     backbone = keras_hub.models.BertBackbone.from_preset(str(default_preset()))
     enable_dcft(backbone)

@@ -21,7 +21,7 @@ import keras_hub
 import numpy as np
 import pytest
 import safetensors
-from methods import default_preset
+from support.methods import default_preset
 from tools import run_eagerly
 
 ROOT = Path(__file__).parent.parent

@@ -8,10 +8,10 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import text_data
 from conftest import ROOT, SHARED_TFDS
 from finetune_text_classifier import accuracy, main
-from text_data import (
+from support import text_data
+from support.text_data import (
     LIBRARY_NAMES,
     TextData,
     docstring_data,

@@ -4,12 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import corpora
 import finetune_causal_lm
 import keras
 import numpy as np
 import pytest
-from corpora import docstring_corpus, file_corpus, pieces
 from finetune_causal_lm import (
     compile_model,
     load_base,
@@ -19,8 +17,10 @@ from finetune_causal_lm import (
     run,
     write,
 )
-from small_gpt2 import byte_pair_tokenizer
-from text_data import library_modules
+from support import corpora
+from support.corpora import docstring_corpus, file_corpus, pieces
+from support.small_gpt2 import byte_pair_tokenizer
+from support.text_data import library_modules
 from tools import array, bert_classifier
 
 from keras_dcft import dcft_disabled, enable_dcft

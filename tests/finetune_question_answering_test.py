@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from finetune_question_answering import main, make_model, model_inputs
-from methods import default_preset
-from question_answering import LONGEST_ANSWER, answers, make_windows, tokens_with_offsets
-from squad_data import (
+from support.methods import default_preset
+from support.question_answering import LONGEST_ANSWER, answers, make_windows, tokens_with_offsets
+from support.squad_data import (
     Answer,
     Question,
     load_question_data,

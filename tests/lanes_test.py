@@ -17,7 +17,7 @@ if keras.config.backend() != "jax":
     pytest.skip("lanes are JAX's", allow_module_level=True)
 
 from lanes import Examples, Lanes, Settings, flat_values, inputs_of, plan
-from methods import linear_decay
+from support.methods import linear_decay
 
 LENGTHS = (8, 16)
 STEPS = 20

@@ -245,7 +245,7 @@ def test_a_config_for_another_architecture_is_refused():
 
 @pytest.mark.real
 def test_real_minilm_trains_and_comes_back_from_a_preset(tmp_path):
-    from methods import default_preset
+    from support.methods import default_preset
 
     model = keras_hub.models.BertTextClassifier.from_preset(str(default_preset()), num_classes=2)
     model.preprocessor.sequence_length = 16

@@ -13,7 +13,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
-from methods import default_preset
+from support.methods import default_preset
 from tools import array
 
 from keras_dcft import (

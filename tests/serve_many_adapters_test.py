@@ -9,7 +9,7 @@ import pytest
 import serve_many_adapters as example
 from conftest import ROOT
 from fastapi.testclient import TestClient
-from text_data import TextData
+from support.text_data import TextData
 from tools import bert_classifier
 
 from keras_dcft import AdapterBank

@@ -5,7 +5,7 @@ import random
 import re
 from pathlib import Path
 
-from text_data import HELD_OUT_SHARE, docstrings, library_modules
+from support.text_data import HELD_OUT_SHARE, docstrings, library_modules
 
 
 @dataclasses.dataclass

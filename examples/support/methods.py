@@ -4,12 +4,12 @@ import warnings
 from pathlib import Path
 
 import keras
-from command_line import LEARNING_RATES as LEARNING_RATES
 
 from keras_dcft import enable_dcft
 from keras_dcft.hub import task_backbone
 from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES
+from support.command_line import LEARNING_RATES as LEARNING_RATES
 
 
 def default_preset() -> Path:
