@@ -12,30 +12,61 @@ merges; and compares perplexities. The backend is chosen as always in Keras:
 `KERAS_BACKEND=jax python examples/...`.
 """
 
-import argparse
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from support.command_line import (
+    LEARNING_RATES,
+    OneLineParser,
+    add_training_options,
+    file_size,
+    import_quietly,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+    with_learning_rate,
+)
+
+# A language model predicts with its token embedding: there is no head to train alone.
+METHODS = tuple(method for method in LEARNING_RATES if method != "head")
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser("Fine-tunes a KerasHub causal language model with DCFT.")
+    add = parser.add_argument
+    add("--preset", help="KerasHub preset or folder; without it a small GPT-2 is pre-trained here")
+    add("--text-file", nargs="+", default=[], help="UTF-8 files; without them NumPy's docstrings")
+    add_training_options(parser, epochs=6, batch_size=8, methods=METHODS)
+    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
+    prompts = ["Returns the", "Computes the", "Create a"]
+    add("--prompt", nargs="+", default=prompts, help="what texts begin with that it writes")
+    add("--max-length", type=positive_int, help="tokens to write; without it --sequence-length")
+    add("--output-dir", default="finetuned/causal_lm", help="where everything is written")
+    options = with_learning_rate(parser.parse_args(arguments))
+    if options.max_length is None:
+        options.max_length = options.sequence_length
+    if options.max_length > options.sequence_length:
+        parser.error(
+            "argument --max-length: must be at most --sequence-length, "
+            f"{options.sequence_length}. Received: {options.max_length}"
+        )
+    return options
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
 
 import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-from support.command_line import (
-    OneLineParser,
-    file_size,
-    positive_float,
-    positive_int,
-    progress_verbosity,
-    run_or_exit,
-)
 from support.corpora import docstring_corpus, file_corpus, read_text
-from support.methods import LEARNING_RATES, apply_method, build_optimizer, linear_decay, load_task
+from support.methods import apply_method, build_optimizer, linear_decay, load_task
 from support.small_gpt2 import small_gpt2
 
 from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_weights
@@ -45,8 +76,6 @@ OLD_LIBRARIES, NEW_LIBRARIES = ("tensorflow", "matplotlib"), ("numpy",)
 PRETRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 4e-3}
 HELD_OUT_TEXTS = 240
 TIMED_ROUNDS = 5
-# A language model predicts with its token embedding: there is no head to train alone.
-METHODS = [method for method in LEARNING_RATES if method != "head"]
 
 
 def main(arguments=None):
@@ -259,38 +288,6 @@ def check(results):
             # Keras merges its LoRA into the kernels when it saves, which rounds, as merging does.
             if abs(perplexity / expected["perplexity"][kind] - 1) > 1e-3:
                 sys.exit(f"error: {name}: the perplexity is not what it was.")
-
-
-def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a KerasHub causal language model with DCFT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", help="KerasHub preset or folder (default: a GPT-2 pre-trained here)")
-    add("--text-file", nargs="+", default=[], help="UTF-8 files (default: NumPy's docstrings)")
-    add("--method", choices=METHODS, default="dcft")
-    add("--kernel-size", type=positive_int, default=8)
-    add("--rank", type=positive_int, default=1)
-    add("--epochs", type=positive_int, default=6)
-    add("--batch-size", type=positive_int, default=8)
-    add("--learning-rate", type=positive_float, help="default: " + str(LEARNING_RATES))
-    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
-    add("--prompt", nargs="+", default=["Returns the", "Computes the", "Create a"])
-    add("--max-length", type=positive_int, help="tokens to write (default: --sequence-length)")
-    add("--seed", type=int, default=0)
-    add("--output-dir", default="finetuned/causal_lm")
-    options = parser.parse_args(arguments)
-    if options.learning_rate is None:
-        options.learning_rate = LEARNING_RATES[options.method]
-    if options.max_length is None:
-        options.max_length = options.sequence_length
-    if options.max_length > options.sequence_length:
-        parser.error(
-            "argument --max-length: must be at most --sequence-length, "
-            f"{options.sequence_length}. Received: {options.max_length}"
-        )
-    return options
 
 
 if __name__ == "__main__":

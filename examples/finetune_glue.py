@@ -10,42 +10,23 @@ and backend, are skipped, so that an interrupted sweep goes on. Scores are on th
 the labels of GLUE's test splits are not public.
 """
 
-import argparse
 import functools
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import keras
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from support.command_line import (
+    LEARNING_RATES,
     OneLineParser,
+    import_quietly,
     positive_float,
     positive_int,
     progress_verbosity,
     run_or_exit,
 )
-from support.methods import (
-    LEARNING_RATES,
-    apply_method,
-    build_optimizer,
-    default_preset,
-    linear_decay,
-)
-from support.text_classifier import batches, make_classifier
-from support.text_data import check_glue_folder, glue_split, load_text_data
-
-from keras_dcft import PAPER_RECIPES, LinearWarmupDecay
 
 TASK_METRICS = {
     "cola": ("matthews",),
@@ -58,9 +39,58 @@ TASK_METRICS = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
 }
-
-
 DEFAULTS = {"epochs": 3, "batch_size": 32, "sequence_length": None}
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(
+        "Fine-tunes a KerasHub encoder on GLUE tasks, and compares methods over seeds."
+    )
+    add = parser.add_argument
+    tasks = [*TASK_METRICS, "all"]
+    add("--task", nargs="+", choices=tasks, required=True, help="what to train for, one by one")
+    add("--preset", help="KerasHub preset or folder; without it the real MiniLM BERT")
+    add("--data-dir", help="folder of tensorflow_datasets; without it, its own, and a download")
+    ways = "what is trained, and how; several are compared"
+    add("--method", nargs="+", choices=LEARNING_RATES, default=["dcft"], help=ways)
+    add("--kernel-size", type=positive_int, default=8, help="DCFT's; larger trains fewer numbers")
+    add("--rank", type=positive_int, default=1, help="DCFT's or LoRA's")
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+    add("--learning-rate", type=positive_float, help=f"where it starts; without it {rates}")
+    add("--recipe", choices=["paper"], help="the authors' settings by task, for dcft")
+    add("--epochs", type=positive_int, help="without it 3, or the recipe's")
+    add("--batch-size", type=positive_int, help="examples in a step; without it 32")
+    add("--train-size", type=positive_int, help="the most training examples to use")
+    add("--seeds", type=int, nargs="+", default=[0], help="of data and training, one by one")
+    add("--sequence-length", type=positive_int, help="without it as the data, or the recipe, wants")
+    add("--output", default="finetuned/glue.jsonl", help="JSON lines file, appended to")
+    options = parser.parse_args(arguments)
+    if options.recipe and options.method != ["dcft"]:
+        parser.error("--recipe paper is for --method dcft")
+    return options
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from support.methods import (
+    apply_method,
+    build_optimizer,
+    default_preset,
+    linear_decay,
+)
+from support.text_classifier import batches, make_classifier
+from support.text_data import check_glue_folder, glue_split, load_text_data
+
+from keras_dcft import PAPER_RECIPES, LinearWarmupDecay
 
 
 def main(arguments=None):
@@ -70,6 +100,9 @@ def main(arguments=None):
 def run(options):
     everything = PAPER_RECIPES if options.recipe else TASK_METRICS
     tasks = everything if "all" in options.task else options.task
+    for task in tasks:
+        if task not in everything:
+            raise ValueError(f"--recipe: the paper has no recipe for --task {task}")
     for task in tasks:
         check_glue_folder(task, options.data_dir)
     # Methods innermost: they share their data, and an interrupted sweep can be compared.
@@ -265,36 +298,6 @@ def table(results) -> Table:
 def mean_and_deviation(values) -> str:
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
-
-
-def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a KerasHub encoder on GLUE tasks, and compares methods over seeds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--task", nargs="+", choices=[*TASK_METRICS, "all"], required=True)
-    add("--preset", help="KerasHub preset or folder; without it the real MiniLM BERT")
-    add("--data-dir", help="folder of tensorflow_datasets; without it, its own, and a download")
-    add("--method", nargs="+", choices=LEARNING_RATES, default=["dcft"])
-    add("--kernel-size", type=positive_int, default=8)
-    add("--rank", type=positive_int, default=1)
-    add("--learning-rate", type=positive_float, help="without it by method: " + str(LEARNING_RATES))
-    add("--recipe", choices=["paper"], help="the authors' settings by task, for dcft")
-    add("--epochs", type=positive_int, help="without it 3, or the recipe's")
-    add("--batch-size", type=positive_int, help="without it 32")
-    add("--train-size", type=positive_int, help="the most training examples to use")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--sequence-length", type=positive_int, help="without it as the data, or the recipe, wants")
-    add("--output", default="finetuned/glue.jsonl", help="JSON lines file, appended to")
-    options = parser.parse_args(arguments)
-    if options.recipe:
-        strange = [task for task in options.task if task not in {*PAPER_RECIPES, "all"}]
-        if strange:
-            parser.error(f"the paper has no recipe for --task {strange[0]}")
-        if options.method != ["dcft"]:
-            parser.error("--recipe paper is for --method dcft")
-    return options
 
 
 if __name__ == "__main__":

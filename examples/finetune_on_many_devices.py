@@ -24,21 +24,82 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
-import keras_hub
-import numpy as np
-import tensorflow as tf
 from support.command_line import (
+    LEARNING_RATES,
     OneLineParser,
+    file_size,
+    import_quietly,
     positive_float,
     positive_int,
     progress_verbosity,
     run_or_exit,
 )
+
+
+def mesh_sizes(text: str) -> tuple:
+    sizes = tuple(map(positive_int, text.split("x")))
+    if len(sizes) != len(AXES):
+        raise argparse.ArgumentTypeError(f"must be two numbers, such as 2x4. Received: {text}")
+    return sizes
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser("Fine-tunes a causal language model with DCFT on a mesh of devices.")
+    add = parser.add_argument
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        help="data-parallel x model-parallel, such as 2x4; without it two rows of all devices",
+    )
+    add(
+        "--devices",
+        type=positive_int,
+        help="how many; without it as --mesh, else all, 8 virtual ones of a CPU",
+    )
+    add("--cluster", action="store_true", help="this is one of several processes")
+    add("--shard-adapters", action="store_true", help="cut adapters as their layers' weights are")
+    add("--only-on-mesh", action="store_true", help="the base does not fit one device")
+    add("--preset", help="KerasHub preset or folder; without it a small Gemma, random")
+    add("--dtype", default="float32", help="of weights and activations, such as bfloat16")
+    add("--text-file", nargs="+", default=[], help="UTF-8 files; without them NumPy's docstrings")
+    add("--train-size", type=positive_int, help="the first texts alone; without it all")
+    add("--kernel-size", type=positive_int, default=8, help="larger trains fewer numbers")
+    add("--rank", type=positive_int, default=1, help="inside the subspace")
+    add("--epochs", type=positive_int, default=3, help="how often to go through the data")
+    add("--batch-size", type=positive_int, default=8, help="texts in a step, on all devices")
+    rate = LEARNING_RATES["dcft"]
+    add("--learning-rate", type=positive_float, default=rate, help="of Adam")
+    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
+    add("--seed", type=int, default=0, help="of data and training")
+    add("--output-dir", default="finetuned/many_devices", help="where the adapter is written")
+    options = parser.parse_args(arguments)
+    if options.mesh is not None:
+        options.devices = options.devices or math.prod(options.mesh)
+        rows, columns = options.mesh
+        if rows * columns != options.devices:
+            parser.error(
+                f"argument --mesh: must have a place for each of {options.devices} devices. "
+                f"Received: {rows}x{columns}"
+            )
+        if options.batch_size % rows:
+            parser.error(
+                f"argument --batch-size: must be a multiple of the mesh's first size, {rows}. "
+                f"Received: {options.batch_size}"
+            )
+    return options
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
 from support.corpora import docstring_corpus, file_corpus, read_text
-from support.methods import LEARNING_RATES
 from support.small_gpt2 import byte_pair_tokenizer
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights, shard_adapters
@@ -281,7 +342,7 @@ def report(losses, difference, path):
     print("\nLoss")
     for name, loss in losses.items():
         print(f"  {name:<26}{loss:.5f}")
-    print(f"\nWritten     {path} ({path.stat().st_size / 1e3:,.1f} kB)")
+    print(f"\nWritten     {path} ({file_size(path)})")
     if difference is not None:
         print(f"Outputs     differ on one device by {difference:.1e} of the largest")
 
@@ -294,61 +355,6 @@ def check(losses, difference, options):
     alone = losses.get("held out, on one device", mesh)
     if abs(alone / mesh - 1) > tolerance or (difference or 0) > tolerance:
         sys.exit("error: the adapter file does not give on one device what the mesh had.")
-
-
-def mesh_sizes(text: str) -> tuple:
-    sizes = tuple(map(positive_int, text.split("x")))
-    if len(sizes) != len(AXES):
-        raise argparse.ArgumentTypeError(f"must be two numbers, such as 2x4. Received: {text}")
-    return sizes
-
-
-def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a causal language model with DCFT on a mesh of devices.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--mesh",
-        type=mesh_sizes,
-        help="data-parallel x model-parallel (default: two rows of all devices)",
-    )
-    add(
-        "--devices",
-        type=positive_int,
-        help="how many (default: as --mesh; else all, 8 virtual ones of a CPU)",
-    )
-    add("--cluster", action="store_true", help="this is one of several processes")
-    add("--shard-adapters", action="store_true", help="cut adapters as their layers' weights are")
-    add("--only-on-mesh", action="store_true", help="the base does not fit one device")
-    add("--preset", help="KerasHub preset or folder (default: a small Gemma, random)")
-    add("--dtype", default="float32", help="of weights and activations, such as bfloat16")
-    add("--text-file", nargs="+", default=[], help="UTF-8 files (default: NumPy's docstrings)")
-    add("--train-size", type=positive_int, help="the first texts alone (default: all)")
-    add("--kernel-size", type=positive_int, default=8)
-    add("--rank", type=positive_int, default=1)
-    add("--epochs", type=positive_int, default=3)
-    add("--batch-size", type=positive_int, default=8)
-    add("--learning-rate", type=positive_float, default=LEARNING_RATES["dcft"])
-    add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
-    add("--seed", type=int, default=0)
-    add("--output-dir", default="finetuned/many_devices")
-    options = parser.parse_args(arguments)
-    if options.mesh is not None:
-        options.devices = options.devices or math.prod(options.mesh)
-        rows, columns = options.mesh
-        if rows * columns != options.devices:
-            parser.error(
-                f"argument --mesh: must have a place for each of {options.devices} devices. "
-                f"Received: {rows}x{columns}"
-            )
-        if options.batch_size % rows:
-            parser.error(
-                f"argument --batch-size: must be a multiple of the mesh's first size, {rows}. "
-                f"Received: {options.batch_size}"
-            )
-    return options
 
 
 if __name__ == "__main__":

@@ -12,15 +12,43 @@ loads that again and compares predictions. It leaves `model.keras`, `training.pn
 order with Keras's LoRA, the head alone, or in full.
 """
 
-import argparse
 import json
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from support.command_line import (
+    OneLineParser,
+    add_training_options,
+    file_size,
+    import_quietly,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+    with_learning_rate,
+)
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser("Fine-tunes a KerasHub backbone to answer questions, with DCFT.")
+    add = parser.add_argument
+    add("--preset", help="KerasHub preset or folder; without it the real MiniLM BERT")
+    add("--dataset", default="squad", help="a JSON file in SQuAD's format, squad, or squad/v2.0")
+    add("--data-dir", help="folder of tensorflow_datasets, for squad")
+    add("--held-out-file", help="a JSON file to evaluate on; without it a fifth of the articles")
+    add_training_options(parser, epochs=3, batch_size=16)
+    add("--train-size", type=positive_int, help="the most training questions to use")
+    add("--sequence-length", type=positive_int, default=192, help="tokens of a window")
+    add("--stride", type=positive_int, default=64, help="tokens that two windows share")
+    add("--output-dir", default="finetuned", help="where everything is written")
+    return with_learning_rate(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
 
 import keras
 import keras_hub
@@ -28,16 +56,7 @@ import matplotlib
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from support.command_line import (
-    OneLineParser,
-    file_size,
-    positive_float,
-    positive_int,
-    progress_verbosity,
-    run_or_exit,
-)
 from support.methods import (
-    LEARNING_RATES,
     apply_method,
     build_optimizer,
     default_preset,
@@ -72,9 +91,10 @@ def run(options):
     train_windows = make_windows(train_questions, preprocessor, options.stride)
     held_out_windows = make_windows(held_out_questions, preprocessor, options.stride)
     print(
-        f"Data: {options.dataset}, {len(train_questions):,} training questions in "
-        f"{len(train_windows.rows):,} windows of {options.sequence_length} tokens, and "
-        f"{len(held_out_questions):,} held-out questions in {len(held_out_windows.rows):,}."
+        f"Data: {options.dataset}, {counted(len(train_questions), 'training question')} in "
+        f"{counted(len(train_windows.rows), 'window')} of {options.sequence_length} tokens, and "
+        f"{counted(len(held_out_questions), 'held-out question')} in "
+        f"{len(held_out_windows.rows):,}."
     )
     may_be_empty = any(not question.answers for question in train_questions)
     base_parameters = backbone.count_params()
@@ -262,33 +282,6 @@ class LossRecord(keras.callbacks.Callback):
         figure.suptitle(f"{options.method} on {Path(options.dataset).name}")
         figure.savefig(path, dpi=120)
         plt.close(figure)
-
-
-def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a KerasHub backbone to answer questions, with DCFT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", help="KerasHub preset or folder (default: the real MiniLM BERT)")
-    add("--dataset", default="squad", help="a JSON file in SQuAD's format, squad, or squad/v2.0")
-    add("--data-dir", help="folder of tensorflow_datasets, for squad")
-    add("--held-out-file", help="a JSON file to evaluate on (default: a fifth of the articles)")
-    add("--method", choices=LEARNING_RATES, default="dcft")
-    add("--kernel-size", type=positive_int, default=8)
-    add("--rank", type=positive_int, default=1)
-    add("--epochs", type=positive_int, default=3)
-    add("--batch-size", type=positive_int, default=16)
-    add("--learning-rate", type=positive_float, help="default: " + str(LEARNING_RATES))
-    add("--train-size", type=positive_int, help="the most training questions to use")
-    add("--sequence-length", type=positive_int, default=192, help="tokens of a window")
-    add("--stride", type=positive_int, default=64, help="tokens that two windows share")
-    add("--seed", type=int, default=0)
-    add("--output-dir", default="finetuned")
-    options = parser.parse_args(arguments)
-    if options.learning_rate is None:
-        options.learning_rate = LEARNING_RATES[options.method]
-    return options
 
 
 if __name__ == "__main__":

@@ -14,44 +14,32 @@ order with Keras's LoRA, the head alone, or in full. The backend is chosen as al
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from support.command_line import (
     LEARNING_RATES,
-    DefaultsOnce,
     OneLineParser,
+    add_training_options,
     file_size,
-    positive_float,
+    import_quietly,
     positive_int,
     progress_verbosity,
     run_or_exit,
+    with_learning_rate,
 )
 
 
 def parse_options(arguments=None):
-    parser = OneLineParser(
-        description="Fine-tunes a KerasHub text classifier with DCFT.",
-        formatter_class=DefaultsOnce,
-    )
+    parser = OneLineParser("Fine-tunes a KerasHub text classifier with DCFT.")
     add = parser.add_argument
     add("--preset", help="KerasHub preset or folder; without it the real MiniLM BERT")
     add("--dataset", default="docstrings", help="docstrings, glue/<task>, or a .tsv or .csv file")
     add("--data-dir", help="folder of tensorflow_datasets, for glue/<task>")
-    add("--method", choices=LEARNING_RATES, default="dcft", help="what is trained, and how")
-    add("--kernel-size", type=positive_int, default=8, help="DCFT's; larger trains fewer numbers")
-    add("--rank", type=positive_int, default=1, help="DCFT's or LoRA's")
-    add("--epochs", type=positive_int, default=2, help="how often to go through the data")
-    add("--batch-size", type=positive_int, default=32, help="examples in a step")
-    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
-    add("--learning-rate", type=positive_float, help=f"where it starts; without it {rates}")
+    add_training_options(parser, epochs=2, batch_size=32)
     add("--train-size", type=positive_int, help="the most training examples to use")
-    add("--seed", type=int, default=0, help="of data and training")
     add("--output-dir", default="finetuned", help="where everything is written")
     add(
         "--head-baseline",
@@ -69,13 +57,13 @@ def parse_options(arguments=None):
     options = parser.parse_args(arguments)
     if options.dataset == "glue/stsb":
         parser.error("argument --dataset: a regression, which finetune_glue.py trains: glue/stsb")
-    if options.learning_rate is None:
-        options.learning_rate = LEARNING_RATES[options.method]
-    return options
+    return with_learning_rate(options)
 
 
 if __name__ == "__main__":
     parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
 
 import keras
 import matplotlib
@@ -111,8 +99,8 @@ def run(options):
     data = load_text_data(options.dataset, options.data_dir, options.train_size, options.seed)
     preset = options.preset or default_preset()
     print(
-        f"Data: {options.dataset}, {len(data.train_texts)} training and "
-        f"{len(data.held_out_texts)} held-out examples, classes {', '.join(data.classes)}."
+        f"Data: {options.dataset}, {counted(len(data.train_texts), 'training example')} and "
+        f"{len(data.held_out_texts):,} held out, classes {', '.join(data.classes)}."
     )
     majority = Counter(data.held_out_labels).most_common(1)[0][1] / len(data.held_out_labels)
 

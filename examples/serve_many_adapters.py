@@ -14,22 +14,52 @@ Trained are SST-2 and RTE of GLUE, where `--data-dir` has them, and docstrings o
 Requests that wait while a batch is computed are the next batch, each row with its own adapter.
 """
 
-import argparse
 import asyncio
 import contextlib
-import os
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from support.command_line import (
+    LEARNING_RATES,
+    OneLineParser,
+    import_quietly,
+    positive_int,
+    progress_verbosity,
+    run_or_exit,
+)
+
+
+def parse_options(arguments=None):
+    parser = OneLineParser(__doc__)
+    add = parser.add_argument
+    add("--preset", help="of a BERT classifier; without it the real MiniLM BERT")
+    add("--data-dir", help="folder of tensorflow_datasets that has GLUE")
+    add(
+        "--adapters",
+        type=Path,
+        default=Path("adapters"),
+        help="folder of adapter files; where it has none, they are trained",
+    )
+    add(
+        "--train-size", type=positive_int, default=4000, help="the most training examples of a task"
+    )
+    add("--epochs", type=positive_int, default=2, help="how often to go through a task's data")
+    add("--host", default="127.0.0.1", help="where to listen")
+    add("--port", type=positive_int, default=8000, help="where to listen")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse_options()  # so that --help and mistakes need not wait for the imports
+
+import_quietly("keras_hub")
 
 import fastapi
 import keras
 import numpy as np
 import pydantic
 import uvicorn
-from support.command_line import OneLineParser, positive_int, progress_verbosity, run_or_exit
-from support.methods import LEARNING_RATES, default_preset, linear_decay
+from support.methods import default_preset, linear_decay
 from support.text_classifier import batches, make_classifier
 from support.text_data import TextData, load_text_data
 
@@ -43,22 +73,7 @@ BATCH = 32
 
 
 def main():
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default=None, help="of a BERT classifier (default: MiniLM)")
-    parser.add_argument("--data-dir", help="folder of tensorflow_datasets that has GLUE")
-    parser.add_argument(
-        "--adapters",
-        type=Path,
-        default=Path("adapters"),
-        help="folder of adapter files; where it has none, they are trained (default: adapters)",
-    )
-    parser.add_argument("--train-size", type=positive_int, default=4000, help="examples of a task")
-    parser.add_argument("--epochs", type=positive_int, default=2)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=positive_int, default=8000)
-    run_or_exit(serve, parser.parse_args())
+    run_or_exit(serve, parse_options())
 
 
 def serve(options):

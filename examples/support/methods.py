@@ -9,7 +9,6 @@ from keras_dcft import enable_dcft
 from keras_dcft.hub import task_backbone
 from keras_dcft.paths import walk
 from keras_dcft.reclassing import DENSE_CLASSES
-from support.command_line import LEARNING_RATES as LEARNING_RATES
 
 
 def default_preset() -> Path:
@@ -24,7 +23,7 @@ def apply_method(model, method: str, kernel_size: int = 8, rank: int = 1, recipe
 
     Args:
         model: a task, whose head is trained by every method, or a backbone.
-        method: str, one of `LEARNING_RATES`.
+        method: str, `dcft`, `lora`, `head` or `full`.
         kernel_size: int, for `dcft`.
         rank: int, for `dcft` and `lora`.
         recipe: one of `PAPER_RECIPES`, for `dcft`, or None.
