@@ -59,7 +59,7 @@ def _fresh_state():
 
 @pytest.fixture(autouse=True)
 def _compiled_only_where_it_matters(request):
-    """TensorFlow traces and compiles nothing, but in tests marked `compiled`."""
+    """TensorFlow and JAX compile no models, but in tests marked `compiled`."""
     is_eager = not request.node.get_closest_marker("compiled")
     run_eagerly(is_eager)
     yield
