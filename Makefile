@@ -1,6 +1,7 @@
 # make demo: the main job. make test: everything, on all three backends. Both set up .venv first.
 # make test-all: everything to every KerasHub backbone too, which `make test` does on one backend
 # each. make test-oldest, make test-nightly: the suite with other versions of Keras and the rest.
+# make docs: the site of docs/, into site/.
 # make benchmarks-quick: each benchmark on tiny settings, as in the suite; its own results stay.
 PYTHON ?= python3
 BACKEND ?= tensorflow
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 PYTEST_ARGS =
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo lint package clean
+.PHONY: setup demo lint docs package clean
 .PHONY: test test-all test-oldest test-nightly suite suite-tensorflow suite-jax suite-torch
 .PHONY: benchmarks-quick
 
@@ -55,6 +56,10 @@ lint: setup
 	@if $(BIN)/pyright --version > /dev/null 2>&1; then $(BIN)/pyright; \
 		else echo "Pyright is left out: it cannot be fetched here."; fi
 
+# The site. Material's word on another program is left out.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # What is uploaded, built and checked in an environment of its own.
 package: .venv-release/ready
 	rm -rf dist
@@ -78,4 +83,4 @@ benchmarks-quick:
 	$(MAKE) suite PYTEST_ARGS="tests/benchmarks_test.py --durations 0 --durations-min 1"
 
 clean:
-	rm -rf .venv .venv-oldest .venv-nightly .venv-release .pytest_cache .mypy_cache dist finetuned
+	rm -rf .venv .venv-oldest .venv-nightly .venv-release .pytest_cache .mypy_cache dist site finetuned
