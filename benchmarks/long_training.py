@@ -35,6 +35,7 @@ from keras import initializers
 from lanes import Examples, Lanes, Settings, flat_values, plan
 from measuring import add_line, fill, lines_of
 from prepared import make_backbone, make_model, prepare, read
+from rivals import FilterPerRank, FourierFT, LoRAXS, UniLoRA, VeRA, replace_adapters
 from support.methods import linear_decay
 
 from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
@@ -107,6 +108,11 @@ def lora(**arguments):
     return Method({"kernel_size": 1, "alpha": 1.0, **arguments}, start_as_lora)
 
 
+def rival(form, arguments=None, rates=Method.rates, rate_factors=None, **sizes):
+    start = functools.partial(replace_adapters, form=form, **sizes)
+    return Method({"kernel_size": 1, **(arguments or {})}, start, rates, False, rate_factors or {})
+
+
 def recipe(kernel_size):
     return Method({"kernel_size": kernel_size}, is_recipe=True)
 
@@ -121,7 +127,8 @@ MAIN = {
     "the paper's recipe, kernel size 2": recipe(2),
     "full fine-tuning": Method(None, rates=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)),
 }
-OTHERS = {
+# What else may be made of DCFT.
+FORMS = {
     "DCFT, kernel size 8, B from zero": Method(
         {"kernel_size": 8}, start_linear, rates=(6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
     ),
@@ -130,11 +137,28 @@ OTHERS = {
     "DCFT, kernel size 8, rank 4, scale by root": Method(
         {"kernel_size": 8, "rank": 4, "alpha": 32.0}
     ),
+    "DCFT, kernel size 8, rank 4, a filter each": rival(
+        FilterPerRank, {"kernel_size": 8, "rank": 4}
+    ),
+}
+# What else the numbers of kernel sizes 8 and 2 buy.
+BIG_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RIVALS = {
     "DCFT, kernel size 4": Method({"kernel_size": 4}),
     "DCFT, kernel size 12": Method({"kernel_size": 12}),
-    "DCFT, kernel size 16": Method({"kernel_size": 16}),
+    "LoRA-XS, rank 14": rival(LoRAXS, rank=14),
+    "LoRA-XS, rank 24": rival(LoRAXS, rank=24),
+    "VeRA, rank 256, query and value": rival(
+        VeRA, {"target_layers": ["query", "value"]}, BIG_RATES, rank=256
+    ),
+    "VeRA, rank 16": rival(VeRA, rates=BIG_RATES, rank=16),
+    "Uni-LoRA, rank 4, 7,648 numbers": rival(UniLoRA, rates=BIG_RATES, numbers=7648, rank=4),
+    "Uni-LoRA, rank 4, 21,268 numbers": rival(UniLoRA, rates=BIG_RATES, numbers=21_268, rank=4),
+    # Its authors' rates are some twenty times those of the head.
+    "FourierFT, 207 entries each": rival(FourierFT, rate_factors={"entries": 20.0}, numbers=207),
+    "FourierFT, 575 entries each": rival(FourierFT, rate_factors={"entries": 20.0}, numbers=575),
 }
-METHODS = MAIN | OTHERS
+METHODS = MAIN | RIVALS | FORMS
 WITH_ONE_SEED = ("full fine-tuning",)
 
 
@@ -170,7 +194,7 @@ def run_all(options):
     end = time.time() + options.seconds
     jobs = [
         (task, method)
-        for methods in ((MAIN,) if options.only_main else (MAIN, OTHERS))
+        for methods in ((MAIN,) if options.only_main else (MAIN, RIVALS, FORMS))
         for task in TASKS
         for method in methods
         if task in options.tasks and method in options.methods
