@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --data-dir ~/tfds     # some two minutes a run on two cores
     python benchmarks/ablation.py --task xquad --squad xquad.en.json     # eight minutes a run
-    python benchmarks/ablation.py --report              # the tables in docs/choices.md
+    python benchmarks/ablation.py --report              # the tables in docs/ablation.md
 
 The real MiniLM BERT, on the training data, batches and epochs of `quality.py`. On SST-2 every
 variant changes what its name says of a reference: kernel size 8, rank 1, alpha 4, A and B drawn
@@ -45,7 +45,7 @@ from keras_dcft import PAPER_RECIPES, LinearWarmupDecay, enable_dcft
 from keras_dcft.paths import dcft_layers, walk
 
 RESULTS = measuring.RESULTS / "ablation.jsonl"
-PAGE = measuring.DOCS / "choices.md"
+PAGE = measuring.DOCS / "ablation.md"
 
 
 def normal(deviation):

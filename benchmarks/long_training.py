@@ -43,7 +43,10 @@ from keras_dcft.paths import dcft_layers
 
 RESULTS = measuring.RESULTS / "long_training.jsonl"
 PAGE = measuring.DOCS / "long_training.md"
+# Scores against steps, and against trainable numbers.
 CHART = measuring.DOCS / "long_training.png"
+NUMBERS_CHART = measuring.DOCS / "score_by_numbers.png"
+USERS_PAGE = measuring.DOCS / "choices.md"
 
 MEASURES = {"sst2": "accuracy", "xquad": "F1", "rte": "accuracy"}
 TASKS = ("sst2", "xquad", "rte")
@@ -417,18 +420,25 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
-def headline(rows) -> str:
-    """The scores at the end, of what was run on the first two tasks."""
+def headline(rows, short_rows) -> str:
+    """The scores of short and long trainings, of what was run on the first two tasks."""
     tasks = TASKS[:2]
+    names = [f"{task}, {length}" for task in tasks for length in ("short", "long")]
     lines = [
-        "| method | trainable | " + " | ".join(f"{t}, {MEASURES[t]}" for t in tasks) + " |",
-        "|---|---:|" + "---:|" * len(tasks),
+        "| method | trainable | " + " | ".join(names) + " |",
+        "|---|---:|" + "---:|" * len(names),
     ]
+    short = {(row["task"], row["method"]): row["scores"] for row in short_rows}
     for method in MAIN:
-        mine = [row for row in rows if row["method"] == method and row["task"] in tasks]
-        if len(mine) == len(tasks):
-            scores = " | ".join(with_deviation(row["reported"][-1]) for row in mine)
-            lines.append(f"| {method} | {mine[0]['trainable']:,} | {scores} |")
+        mine = {row["task"]: row for row in rows if row["method"] == method}
+        if set(tasks) <= set(mine):
+            scores = [
+                with_deviation(of_length) if of_length is not None else "–"
+                for task in tasks
+                for of_length in (short.get((task, method)), mine[task]["reported"][-1])
+            ]
+            trainable = f"{mine[tasks[0]]['trainable']:,}"
+            lines.append(f"| {method} | {trainable} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 
@@ -437,7 +447,7 @@ def with_deviation(scores) -> str:
     return f"{np.mean(scores):.3f}{deviation}"
 
 
-def draw(rows):
+def draw_by_steps(rows):
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -460,11 +470,66 @@ def draw(rows):
     figure.savefig(CHART, dpi=110)
 
 
+# Methods of one kind have one color: the beginnings of their names.
+KINDS = {
+    "DCFT": "DCFT",
+    "the paper's recipe": "DCFT, the paper's recipe",
+    "LoRA,": "LoRA, rank 1",
+    "LoRA-XS": "LoRA-XS",
+    "VeRA": "VeRA",
+    "Uni-LoRA": "Uni-LoRA",
+    "FourierFT": "FourierFT",
+}
+
+
+def draw_by_numbers(rows):
+    """The scores at the end against trainable numbers, of what is no form of DCFT."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, task in zip(axes, TASKS):
+        mine = [row for row in rows if row["task"] == task and row["method"] not in FORMS]
+        for i, (start, kind) in enumerate(KINDS.items()):
+            of_kind = [row for row in mine if row["method"].startswith(start)]
+            if not of_kind:
+                continue
+            of_kind.sort(key=lambda row: row["trainable"])
+            scores = [row["reported"][-1] for row in of_kind]
+            numbers = [row["trainable"] for row in of_kind]
+            # LoRAs on other matrices are no line.
+            style = "D" if kind.startswith("LoRA, ") else "D-"
+            axis.plot(numbers, [np.mean(s) for s in scores], style, color=f"C{i}", label=kind)
+            for number, of_seeds in zip(numbers, scores):
+                axis.plot([number] * len(of_seeds), of_seeds, ".", color=f"C{i}", alpha=0.4)
+        for row in mine:
+            if row["method"] == "full fine-tuning":
+                axis.axhline(
+                    np.mean(row["reported"][-1]), color="gray", ls="--", label="full fine-tuning"
+                )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([8000, 16000, 32000], ["8,000", "16,000", "32,000"])
+        axis.set(title=task, xlabel="trainable numbers", ylabel=f"{MEASURES[task]}, reported set")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(NUMBERS_CHART, dpi=110)
+
+
 def report(lines):
+    from quality import finished
+    from quality import summary as short_summary
+
     rows = summary(lines)
-    draw(rows)
-    fill(PAGE, "long_training.py", table(rows))
-    fill(measuring.WRITTEN / "README.md", "long_training.py", headline(rows))
+    draw_by_steps(rows)
+    draw_by_numbers(rows)
+    main = [row for row in rows if row["method"] in MAIN]
+    others = [row for row in rows if row["method"] not in MAIN]
+    fill(PAGE, "long_training.py", table(main))
+    fill(PAGE, "long_training.py, the others", table(others))
+    short_and_long = headline(rows, short_summary(finished()))
+    for page in (measuring.WRITTEN / "README.md", USERS_PAGE):
+        fill(page, "long_training.py", short_and_long)
     print(table(rows))
 
 

@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     options = parser.parse_args()
     results = lines_of(RESULTS)
-    # With another alpha it was another method; docs/choices.md compares.
+    # With another alpha it was another method; docs/ablation.md compares.
     results = [run for run in results if run.get("alpha") in (None, DEFAULT_ALPHA)]
     if options.table:
         return print(table(results))

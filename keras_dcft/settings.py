@@ -8,7 +8,7 @@ import keras
 from keras import initializers
 
 DEFAULT_KERNEL_SIZE = 8
-# By the measurements in docs/choices.md; the paper has 4 and N(0, 0.02²).
+# By the measurements in docs/ablation.md; the paper has 4 and N(0, 0.02²).
 DEFAULT_ALPHA = 16.0
 FACTOR_START = {"class_name": "RandomNormal", "config": {"stddev": 0.01}}
 

@@ -271,7 +271,7 @@ def test_ablation(run, tmp_path, glue):
     [result] = results_of(tmp_path, "ablation.jsonl")
     assert np.isfinite(result["loss"])
     run("ablation", "--report")
-    page = (tmp_path / "docs" / "choices.md").read_text()
+    page = (tmp_path / "docs" / "ablation.md").read_text()
     assert f"| alpha 8 | {result['trainable_parameters']:,} | {result['score']:.4f} |" in page
 
 

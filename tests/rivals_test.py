@@ -1,0 +1,119 @@
+"""The other forms of increments that long trainings compare are what their papers say."""
+
+import sys
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_dcft import enable_dcft
+from keras_dcft.paths import dcft_layers
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+if keras.config.backend() != "jax":
+    pytest.skip("long trainings are JAX's", allow_module_level=True)
+
+import rivals
+from rivals import FilterPerRank, FourierFT, LoRAXS, UniLoRA, VeRA, replace_adapters
+
+
+@pytest.fixture
+def backbone(monkeypatch):
+    monkeypatch.setattr(rivals, "LARGEST", 32)
+    return keras_hub.models.BertBackbone(50, 1, 2, 16, 32, dropout=0.0, max_sequence_length=16)
+
+
+def increment_of(layer):
+    left, right = layer.dcft_adapter.thin_factors("float32")
+    return ops.convert_to_numpy(ops.matmul(left, right))
+
+
+def trained(backbone):
+    return sum(int(np.prod(v.shape)) for v in backbone.trainable_variables)
+
+
+# Six kernels of 16 x 16, 16 x 32 and 32 x 16, with the pooler's.
+LORA_NUMBERS = 5 * 32 + 2 * 48
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes", "numbers"),
+    [
+        (LoRAXS, {"rank": 3}, 7 * 9),
+        (VeRA, {"rank": 3}, 7 * 3 + 6 * 16 + 32),
+        (UniLoRA, {"numbers": 40, "rank": 2}, 40),
+        (FourierFT, {"numbers": 5}, 7 * 5),
+    ],
+)
+def test_a_form_trains_its_numbers_and_its_increment_is_what_the_layer_adds(
+    backbone, form, sizes, numbers, rng
+):
+    enable_dcft(backbone, 1)
+    replace_adapters(backbone, form, **sizes)
+    assert trained(backbone) == numbers
+    for variable in backbone.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    layer = next(
+        x for p, x in dcft_layers(backbone).items() if p.endswith("feedforward_output_dense")
+    )
+    inputs = rng.normal(size=(3, layer.dcft_adapter.matrix_shape[0])).astype("float32")
+    plain = inputs @ np.array(layer.dcft_frozen_weight()) + np.array(layer.bias)
+    expected = plain + inputs @ increment_of(layer)
+    np.testing.assert_allclose(layer(inputs), expected, atol=1e-4 * abs(expected).max())
+
+
+def test_lora_xs_is_between_singular_vectors(backbone):
+    enable_dcft(backbone, 1)
+    replace_adapters(backbone, LoRAXS, rank=16)
+    layer = dcft_layers(backbone)["transformer_layer_0/feedforward_intermediate_dense"]
+    layer.dcft_adapter.core.assign(np.eye(16))
+    np.testing.assert_allclose(increment_of(layer), layer.dcft_frozen_weight(), atol=1e-6)
+
+
+def test_vera_starts_at_zero_with_factors_that_all_layers_share(backbone):
+    enable_dcft(backbone, 1)
+    replace_adapters(backbone, VeRA, rank=3)
+    forms = [layer.dcft_adapter for layer in dcft_layers(backbone).values()]
+    assert len({id(form.left) for form in forms}) == 1
+    assert not any(increment_of(form.layer).any() for form in forms)
+
+
+def test_the_matrix_of_uni_loras_hash_has_orthonormal_columns(backbone):
+    enable_dcft(backbone, 1)
+    replace_adapters(backbone, UniLoRA, numbers=40, rank=2)
+    forms = [layer.dcft_adapter for layer in dcft_layers(backbone).values()]
+    assert sum(form.places.shape[0] for form in forms) == 2 * LORA_NUMBERS
+    vector = np.arange(1.0, 41.0)
+    forms[0].vector.assign(vector)
+    # Looking up keeps lengths.
+    factors = [
+        np.concatenate([np.ravel(f) for f in form.thin_factors("float32")]) for form in forms
+    ]
+    np.testing.assert_allclose(
+        np.linalg.norm(np.concatenate(factors)), np.linalg.norm(vector), rtol=1e-5
+    )
+
+
+def test_fourier_ft_is_the_real_part_of_a_sparse_spectrum(backbone):
+    enable_dcft(backbone, 1)
+    replace_adapters(backbone, FourierFT, numbers=5)
+    layer = dcft_layers(backbone)["transformer_layer_0/feedforward_intermediate_dense"]
+    form = layer.dcft_adapter
+    spectrum = np.zeros(form.matrix_shape)
+    spectrum[tuple(np.array(form.places).T)] = form.entries
+    np.testing.assert_allclose(increment_of(layer), 300 * np.fft.ifft2(spectrum).real, atol=1e-4)
+
+
+def test_a_filter_for_each_rank_is_a_sum_of_deconvolutions(backbone, rng):
+    enable_dcft(backbone, 4, rank=2)
+    replace_adapters(backbone, FilterPerRank)
+    layer = dcft_layers(backbone)["transformer_layer_0/feedforward_intermediate_dense"]
+    form = layer.dcft_adapter
+    form.filters.assign(rng.normal(size=form.filters.shape))
+    a, b, filters = np.array(form.a), np.array(form.b), np.array(form.filters)
+    expected = sum(np.kron(np.outer(a[:, i], b[i]), filters[i]) for i in range(2))
+    np.testing.assert_allclose(increment_of(layer), form.settings.scale * expected, atol=1e-6)
