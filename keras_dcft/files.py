@@ -374,7 +374,7 @@ class Place:
         for path, layer in self.layers.items():
             for key, variable in shares.adapter_values(layer, self.name).items():
                 variables[f"adapter/{path}/{key}"] = variable
-        told, inside = self._told_to_be_trained()
+        told, inside = self._told_to_be_trained
         part = {id(layer) for layer in self.layers.values()}
         for path, layer in self.outer.items():
             if self._is_known and is_touched(layer) and self.name not in shares.names_of(layer):
@@ -397,6 +397,7 @@ class Place:
                     variables[name] = variable
         return variables
 
+    @functools.cached_property
     def _told_to_be_trained(self) -> tuple[set, set]:
         """The ids of the layers that adapting trains in full, and of all that it touches."""
         told = [self.layers[path] for path in self.config["trainable_layers"]]

@@ -1,5 +1,7 @@
 """Whether a base is the one that an adapter was trained on: a few numbers of each frozen weight."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -56,6 +58,7 @@ def _inputs(layer):
     return ops.convert_to_tensor(_signs(*shape), dtype=layer.compute_dtype)
 
 
+@functools.lru_cache(maxsize=16)  # blocks of a model have the same shapes
 def _signs(*shape):
     # The generator whose numbers NumPy never changes.
     return np.random.RandomState(0).choice([-1.0, 1.0], size=shape)

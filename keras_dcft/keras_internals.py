@@ -53,7 +53,10 @@ def automatic_name(cls) -> str:
     Numbers depend on what else was made in the process, so a path that is to be the same in the
     next process must be able to tell a numbered automatic name from a chosen one.
     """
-    return naming.to_snake_case(cls.__name__)
+    return _snake_case(cls.__name__)
+
+
+_snake_case = functools.cache(naming.to_snake_case)
 
 
 def own_trainable_variables(layer) -> list:
@@ -426,7 +429,7 @@ def models_holding(layers) -> list:
     (TensorFlow: "Error while creating shape"), which rules out going through `gc.get_objects()`.
     Models that the caller has put out of the collector's sight with `gc.freeze` are not found.
     """
-    classes = {id(cls): cls for cls in classes_of_models()}
+    classes = {id(cls): cls for cls in with_subclasses(keras.Model)}
     # Only lazy C functions, so that no other thread runs while the list of all objects is there.
     everything = itertools.chain.from_iterable(map(gc.get_objects, [None]))
     present = set(filter(classes.__contains__, map(id, map(type, everything))))
@@ -441,9 +444,9 @@ def models_holding(layers) -> list:
     ]
 
 
-def classes_of_models() -> set:
-    """`keras.Model` and all classes that derive from it."""
-    classes, found = {keras.Model}, [keras.Model]
+def with_subclasses(cls) -> set:
+    """A class and all that derive from it."""
+    classes, found = {cls}, [cls]
     while found:
         found = [below for cls in found for below in cls.__subclasses__()]
         classes.update(found)

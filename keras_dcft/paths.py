@@ -1,6 +1,7 @@
 """Walking a model: the path of each layer, and which paths a pattern selects."""
 
 import re
+import sys
 
 import keras
 
@@ -28,7 +29,7 @@ def walk(model) -> dict:
             if id(child) in seen:
                 continue
             seen.add(id(child))
-            name = path = f"{prefix}{_chosen_name(child, (*ancestors, *backbones))}"
+            name = path = f"{prefix}{_chosen_name(child, ancestors, backbones)}"
             number = 0
             while path in layers:
                 number += 1
@@ -44,25 +45,29 @@ def _is_keras_hub(layer) -> bool:
     return any(cls.__module__.startswith("keras_hub.") for cls in type(layer).__mro__)
 
 
-def _chosen_name(layer, prefixes):
+def _chosen_name(layer, ancestors, backbones):
+    name = layer.name
     for cls in (type(layer), getattr(layer, "dcft_base_class", type(layer))):
         automatic = keras_internals.automatic_name(cls)
-        if re.fullmatch(rf"{automatic}(_\d+)?", layer.name):
+        stem, _, number = name.rpartition("_")
+        if name == automatic or (stem == automatic and number.isdecimal()):
             return automatic
-    for prefix in prefixes:
-        if layer.name.startswith(f"{prefix}_"):
-            return layer.name.removeprefix(f"{prefix}_")
-    return layer.name
+    for prefix in ancestors:
+        if name.startswith(f"{prefix}_"):
+            return name.removeprefix(f"{prefix}_")
+    end = name.rfind("_")
+    while end > 0:  # the longest first
+        if name[:end] in backbones:
+            return name[end + 1 :]
+        end = name.rfind("_", 0, end)
+    return name
 
 
-def _names_of_backbones() -> list:
+def _names_of_backbones() -> set:
     # A backbone need not be above its layers: DepthAnything takes them into a model of its own.
-    names = {
-        keras_internals.automatic_name(cls)
-        for cls in keras_internals.classes_of_models()
-        if any(base.__module__ == "keras_hub.src.models.backbone" for base in cls.__mro__)
-    }
-    return sorted(names, key=len, reverse=True)
+    keras_hub = sys.modules.get("keras_hub")  # without it there are none
+    classes = keras_internals.with_subclasses(keras_hub.models.Backbone) if keras_hub else ()
+    return {keras_internals.automatic_name(cls) for cls in classes}
 
 
 def with_itself(model) -> dict:
