@@ -38,7 +38,8 @@ endef
 	touch $@
 
 demo: setup
-	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/finetune_text_classifier.py --train-size 1400
+	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/finetune_text_classifier.py \
+		--sequence-length 32 --batch-size 16 --kernel-size 4
 
 test: setup lint suite
 

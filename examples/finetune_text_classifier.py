@@ -40,6 +40,7 @@ def parse_options(arguments=None):
     add("--data-dir", help="folder of tensorflow_datasets, for glue/<task>")
     add_training_options(parser, epochs=2, batch_size=32)
     add("--train-size", type=positive_int, help="the most training examples to use")
+    add("--sequence-length", type=positive_int, help="in tokens; without it as the data wants")
     add("--output-dir", default="finetuned", help="where everything is written")
     add(
         "--head-baseline",
@@ -118,9 +119,10 @@ def run(options):
         "rank": options.rank,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
+        "sequence_length": options.sequence_length,
         "learning_rate": options.learning_rate,
     }
-    classifier = make_classifier(preset, data)
+    classifier = make_classifier(preset, data, options.sequence_length)
     base_parameters = classifier.backbone.count_params()
     lora_parameters = lora_rank_1_parameters(classifier.backbone)
     results["accuracy_before"] = accuracy(classifier, data)
@@ -209,7 +211,7 @@ def predict(options):
 
 def head_only_accuracy(preset, data, options) -> float:
     keras.utils.set_random_seed(options.seed)
-    classifier = make_classifier(preset, data)
+    classifier = make_classifier(preset, data, options.sequence_length)
     apply_method(classifier, "head")
     options = argparse.Namespace(**{**vars(options), "learning_rate": LEARNING_RATES["head"]})
     record = PlotRecord()
