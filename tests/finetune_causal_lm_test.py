@@ -17,6 +17,7 @@ from finetune_causal_lm import (
     run,
     write,
 )
+from one_backend import only_on
 from support import corpora
 from support.corpora import docstring_corpus, file_corpus, pieces
 from support.small_gpt2 import byte_pair_tokenizer
@@ -116,6 +117,7 @@ def test_the_end_of_each_file_is_held_out():
     assert corpus.held_out == [" a" * 5] * 2 + [" film" * 5] * 2
 
 
+@only_on("torch")
 def test_docstrings_are_distinct_and_split_by_module():
     corpus = docstring_corpus(["numpy", "matplotlib"])
     assert corpus.name == "docstrings of numpy and matplotlib"
@@ -157,7 +159,13 @@ def test_with_the_adapters_switched_off_it_is_the_base(folder):
     assert measured["switched off"]["texts"] == measured["base"]["texts"]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("lora", marks=only_on("tensorflow")),
+        pytest.param("full", marks=only_on("torch")),
+    ],
+)
 def test_a_preset_is_fine_tuned_on_files_in_other_ways(method, preset, text_file, tmp_path, capsys):
     arguments = [
         "--text-file",

@@ -7,6 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import SHARED_TFDS
 from finetune_glue import TASK_METRICS, load_task, main, parse_options, settings_of, task_metrics
+from one_backend import only_on
 from tools import bert_classifier
 
 # task: columns in their order, number of classes or 0 for a regression, names of the metrics
@@ -130,6 +131,7 @@ def test_an_undefined_correlation_is_zero(value):
     assert task_metrics("stsb", [0.0, 1.0, 2.0], outputs) == {"pearson": 0.0, "spearman": 0.0}
 
 
+@only_on("torch")
 def test_a_regression_learns(arguments, tmp_path):
     changed = ["--method", "full", "--learning-rate", "0.03", "--epochs", "5"]
     main(["--task", "stsb", *arguments, *changed, "--batch-size", "6"])
@@ -140,6 +142,7 @@ def test_a_regression_learns(arguments, tmp_path):
     assert run["score"] == pytest.approx(sum(run["metrics"].values()) / 2)
 
 
+@only_on("torch")
 def test_a_line_has_settings_and_results_and_both_of_mnlis_splits(arguments, preset, tmp_path):
     main(["--task", "mnli", "--train-size", "12", "--seeds", "3", *arguments])
     (run,) = lines(tmp_path)
@@ -199,6 +202,7 @@ def test_the_papers_recipe_is_followed(arguments, preset, tmp_path, monkeypatch)
     )
 
 
+@only_on("torch")
 def test_an_interrupted_sweep_goes_on_where_it_was_cut_off(arguments, tmp_path, capsys):
     sweep = ["--task", "cola", "--method", "head", "--seeds", "0", "1", *arguments]
     main(sweep)
@@ -308,6 +312,7 @@ def test_what_is_wrong_is_said_in_one_line(changed, message, arguments, capsys):
 
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_TFDS.is_dir(), reason=f"GLUE is not at {SHARED_TFDS}")
+@only_on("torch")
 def test_the_real_minilm_on_the_real_rte(tmp_path):
     main([
         "--task", "rte", "--data-dir", str(SHARED_TFDS), "--train-size", "64", "--epochs", "1",

@@ -9,16 +9,12 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from one_backend import only_on
 from support.methods import load_task
 
 from keras_dcft import load_dcft_weights
 
 LINES = ("head only", "before training", "Training time", "Reloaded", "Adapters: ")
-
-
-def on(backend):
-    here = keras.backend.backend()
-    return pytest.mark.skipif(here != backend, reason=f"tried on {backend}")
 
 
 def check(folder, printed, metric, classes):
@@ -34,7 +30,7 @@ def check(folder, printed, metric, classes):
     return results
 
 
-@on("torch")
+@only_on("torch")
 def test_digits_that_the_base_has_not_seen_are_learned(tmp_path, capsys):
     finetune_image_classifier.main([
         "--pretraining-epochs", "3", "--epochs", "4", "--output-dir", str(tmp_path),
@@ -59,7 +55,7 @@ def write_images(folder):
             keras.utils.save_img(folder / name / f"{number}.png", image)
 
 
-@on("tensorflow")
+@only_on("tensorflow")
 def test_a_folder_of_images_is_learned_from_any_preset(tmp_path, capsys):
     write_images(tmp_path / "colours")
     converter = keras_hub.layers.DeiTImageConverter(image_size=(16, 16), scale=1 / 255)
@@ -78,7 +74,7 @@ def test_a_folder_of_images_is_learned_from_any_preset(tmp_path, capsys):
     assert results["after"] == 1
 
 
-@on("torch")
+@only_on("torch")
 def test_drawn_shapes_are_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetune_image_segmenter, "HELD_OUT_IMAGES", 32)
     run = ["--train-size", "64", "--epochs", "1", "--output-dir", str(tmp_path)]
@@ -100,7 +96,7 @@ def test_shapes_are_drawn_where_their_labels_are():
         assert (abs(inside.mean(0) - outside.mean(0)) > 0.8).all()
 
 
-@on("torch")
+@only_on("torch")
 def test_melodies_are_told_apart(tmp_path, capsys):
     finetune_audio_classifier.main([
         "--train-size", "160", "--pretraining-epochs", "2", "--epochs", "2",

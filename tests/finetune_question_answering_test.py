@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from finetune_question_answering import main, make_model, model_inputs
+from one_backend import only_on
 from support.methods import default_preset
 from support.question_answering import LONGEST_ANSWER, answers, make_windows, tokens_with_offsets
 from support.squad_data import (
@@ -509,7 +510,15 @@ def films(tmp_path, rng):
 
 
 @pytest.mark.compiled  # many steps: quicker
-@pytest.mark.parametrize("method", ["dcft", "lora", "head", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dcft",
+        pytest.param("lora", marks=only_on("tensorflow")),
+        pytest.param("head", marks=only_on("torch")),
+        pytest.param("full", marks=only_on("torch")),
+    ],
+)
 def test_a_tiny_model_is_trained_saved_and_reloaded(method, films, tiny_preset, tmp_path, capsys):
     main(
         f"--preset {tiny_preset} --dataset {films} --method {method} --kernel-size 4 --epochs 4 "
@@ -600,6 +609,7 @@ def test_a_file_with_one_article_needs_a_held_out_file(tmp_path):
 
 @needs_xquad
 @pytest.mark.real
+@only_on("torch")
 def test_the_main_job_on_real_questions(tmp_path):
     data = json.loads(XQUAD.read_text())
     train = write(tmp_path / "train.json", {"data": data["data"][:2]})

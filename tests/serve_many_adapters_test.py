@@ -9,6 +9,7 @@ import pytest
 import serve_many_adapters as example
 from conftest import ROOT
 from fastapi.testclient import TestClient
+from one_backend import only_on
 from support.text_data import TextData
 from tools import bert_classifier
 
@@ -41,8 +42,8 @@ def ask(client, text, adapter):
     return client.post("/predict", json={"text": text, "adapter": adapter})
 
 
-def test_a_mixed_stream_is_answered_by_each_ones_adapter(served):
-    client, _, logits = served
+def test_a_mixed_stream_is_answered_and_adapters_come_and_go(served):
+    client, folder, logits = served
     asked = [(name, number) for name in logits for number in range(len(TEXTS))] * 6
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda a: ask(client, TEXTS[a[1]], a[0]), asked))
@@ -52,9 +53,6 @@ def test_a_mixed_stream_is_answered_by_each_ones_adapter(served):
         np.testing.assert_allclose(shares, row / row.sum(), atol=2e-4)
         assert answer.json()["label"] == ["no", "yes"][int(row.argmax())]
 
-
-def test_adapters_come_and_go(served):
-    client, folder, _ = served
     path = {"path": str(folder / f"mood{SUFFIX}")}
     assert client.get("/adapters").json() == {"mood": ["no", "yes"], "length": ["no", "yes"]}
     assert client.put("/adapters/copy", json=path).json() == {"adapters": 3}
@@ -70,6 +68,7 @@ def test_adapters_come_and_go(served):
     assert client.post("/predict", json={"txt": "good"}).status_code == 422
 
 
+@only_on("torch")
 def test_a_wrong_folder_is_one_line(tmp_path):
     (tmp_path / f"a{SUFFIX}").write_bytes(b"nothing")
     program = ROOT / "examples" / "serve_many_adapters.py"
