@@ -12,10 +12,10 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-if os.environ.get("KERAS_BACKEND") == "jax":  # and what runs once need not be optimized
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+# And what runs once need not be optimized. TensorFlow reads the same variable and has other flags.
+JAX_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if os.environ.get("KERAS_BACKEND") == "jax":
+    JAX_FLAGS = os.environ.setdefault("XLA_FLAGS", JAX_FLAGS)
 
 import hypothesis
 import keras
@@ -59,7 +59,7 @@ def _fresh_state():
 
 @pytest.fixture(autouse=True)
 def _compiled_only_where_it_matters(request):
-    """TensorFlow and JAX compile no models, but in tests marked `compiled`."""
+    """TensorFlow compiles nothing, JAX no predictions, but in tests marked `compiled`."""
     is_eager = not request.node.get_closest_marker("compiled")
     run_eagerly(is_eager)
     yield
@@ -89,13 +89,20 @@ def rng():
 
 @pytest.fixture
 def run_python():
-    """Runs a program in a process of its own, on any backend, and returns what it printed."""
+    """Runs a program in a process of its own, on any backend, and returns what it printed.
 
-    def run(program, backend=None, *arguments):
+    JAX has as many virtual devices there as it is told.
+    """
+
+    def run(program, backend=None, *arguments, devices=1):
         backend = backend or keras.backend.backend()
+        environment = {"KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT / "tests")}
+        if backend == "jax":
+            flag = f"--xla_force_host_platform_device_count={devices}"
+            environment["XLA_FLAGS"] = f"{JAX_FLAGS} {flag}"
         result = subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)],
-            env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT / "tests")},
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=1200,

@@ -325,13 +325,12 @@ assert tuple(kernel.value.sharding.spec) == ("model", None)
 """
 
 
-def test_how_a_variable_lies_is_kept_with_it(monkeypatch, run_python):
+def test_how_a_variable_lies_is_kept_with_it(run_python):
     if keras.backend.backend() != "jax":
         assert keras_internals.layout_of(built(keras.layers.Dense(4)).kernel) is None
         return
     # JAX makes its devices once, and on one device alone nothing lies in any way.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    run_python(HOW_A_VARIABLE_LIES)
+    run_python(HOW_A_VARIABLE_LIES, devices=2)
 
 
 def test_without_a_cluster_every_process_is_the_first():

@@ -17,30 +17,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def train(folder, kind, dies_in):
+def train(folder, *dying):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     return subprocess.run(
-        [sys.executable, ROOT / "tests" / "killed_training_program.py", folder, kind, str(dies_in)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        [sys.executable, ROOT / "tests" / "killed_training_program.py", folder, *dying],
+        env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-@pytest.mark.parametrize("kind", ["backup", "checkpoint"])
-def test_a_killed_training_has_the_losses_of_an_undisturbed_one(kind, tmp_path):
-    for name in ("undisturbed", "killed"):
-        (tmp_path / name).mkdir()
-    whole = train(tmp_path / "undisturbed", kind, -1)
-    assert whole.returncode == 0, whole.stderr
-    expected = json.loads(whole.stdout.splitlines()[-1])
-    assert expected["devices"] == 4
-    assert len(expected["losses"]) == 4
-    assert train(tmp_path / "killed", kind, 2).returncode == -signal.SIGKILL
-    for file in (tmp_path / "killed").glob("*.dcft.safetensors"):
+def test_a_killed_training_has_the_losses_of_an_undisturbed_one(tmp_path):
+    kinds = ("backup", "checkpoint")
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        (tmp_path / f"undisturbed {kind}").mkdir()
+        assert train(tmp_path, kind).returncode == -signal.SIGKILL
+    for file in tmp_path.glob("*/*.dcft.safetensors"):
         read_dcft_notes(file)  # whole, by its checksum
-    again = train(tmp_path / "killed", kind, -1)
-    assert again.returncode == 0, again.stderr
-    losses = json.loads(again.stdout.splitlines()[-1])["losses"]
-    assert losses == pytest.approx(expected["losses"][-len(losses) :], rel=1e-5)
-    assert len(losses) == 2
+    finished = train(tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    seen = json.loads(finished.stdout.splitlines()[-1])
+    for kind in kinds:
+        expected, devices = seen[f"undisturbed {kind}"]
+        assert devices == 4
+        assert len(expected) == 4
+        losses, _ = seen[kind]
+        assert losses == pytest.approx(expected[-len(losses) :], rel=1e-5)
+        assert len(losses) == 2

@@ -22,21 +22,21 @@ TEXTS = ["a good film", "a bad film", "very good", "very very bad films"] * 4
 LABELS = np.array([1, 0, 1, 0] * 4)
 
 
-def run_eagerly(is_eager=True):
-    """Lets TensorFlow and JAX trace and compile no models, or as users have it; PyTorch never does.
+predicts_eagerly = False
 
-    JAX compiles each operation by itself then, once for all models in which it has these shapes.
+
+def run_eagerly(is_eager=True):
+    """Lets TensorFlow trace and compile nothing, or as users have it; other backends train as ever.
+
+    On JAX `predict` below computes operation by operation then, which JAX compiles once for all
+    models in which they have these shapes.
     """
+    global predicts_eagerly
+    predicts_eagerly = is_eager and keras.backend.backend() == "jax"
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         tf.config.run_functions_eagerly(is_eager)
-    elif keras.backend.backend() == "jax":
-        setter = keras.Model.run_eagerly.fset
-        if is_eager:
-            keras.Model.run_eagerly = property(lambda model: True, setter)
-        elif "run_eagerly" in vars(keras.Model):
-            del keras.Model.run_eagerly
 
 
 def array(tensor):
@@ -161,14 +161,16 @@ def predict(model, inputs):
     call, which takes thirty times as long as all the rest.
     """
     preprocessor = getattr(model, "preprocessor", None) if isinstance(inputs, list) else None
-    if preprocessor is None:
-        outputs = model.predict(inputs, verbose=0)
-    else:
-        tokens = keras.tree.map_structure(array, preprocessor(inputs))
+    runs_eagerly = model.run_eagerly
+    model.run_eagerly = runs_eagerly or predicts_eagerly
+    if preprocessor is not None:
+        inputs = keras.tree.map_structure(array, preprocessor(inputs))
         model.preprocessor = None
-        try:
-            outputs = model.predict(tokens, verbose=0)
-        finally:
+    try:
+        outputs = model.predict(inputs, verbose=0)
+    finally:
+        model.run_eagerly = runs_eagerly
+        if preprocessor is not None:
             model.preprocessor = preprocessor
     return outputs["pooled_output"] if isinstance(outputs, dict) else outputs
 
