@@ -1,7 +1,8 @@
-"""What tests/mesh_test.py runs in processes of their own: everything on one mesh of 8 devices.
+"""What tests/mesh_test.py runs in a process of its own: everything on meshes of 8 devices.
 
-Arguments: a folder, and the mesh's shape, such as `2x4`. Each check is done beside the same on one
-device of the same process. Prints what was found as JSON: differences as numbers, else as bools.
+Arguments: a folder, and the meshes' shapes, such as `2x4`. Each check is done beside the same on
+one device of the same process. Prints by mesh what was found as JSON: differences as numbers, else
+as bools.
 """
 
 import contextlib
@@ -38,14 +39,12 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "moe_intermediate_dim": 16}
 MODELS = {
     "gemma": ("Gemma", {**HEADS, "head_dim": 8}),
     "llama": ("Llama", HEADS),
-    "qwen": ("Qwen", HEADS),
     "qwen_moe": ("QwenMoe", {**HEADS, **EXPERTS, "shared_expert_intermediate_dim": 16}),
-    "qwen3_moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "head_dim": 8}),
 }
-# Gemma is trained, merged, written and read on every mesh, the others trained and merged on one.
+# Gemma is trained and merged on every mesh, the others on one.
 # One of its layers has a single output.
 KERNEL_SIZES = {"qwen_moe": {"shared_expert_gate_dense": 1, ".*": 4}}
-OTHERS = {"8": [], "2x4": ["llama", "qwen3_moe"], "4x2": ["qwen", "qwen_moe"]}
+OTHERS = {"8": [], "2x4": ["llama"], "4x2": ["qwen_moe"]}
 RNG = np.random.default_rng(0)
 INPUTS = {
     "token_ids": RNG.integers(1, 64, (8, 6)),
@@ -203,9 +202,14 @@ def check_training(kind, distribution, seen):
         list(map(array, increments.values())),
         [array(layer.dcft_increment()) for layer in in_one.values()],
     )
-    wholes = [forms_whole(layer) for path, layer in layers.items() if is_sharded[path]]
-    seen["no device forms an increment"] = not any(wholes)
-    seen["one device alone does"] = all(map(forms_whole, in_one.values()))
+    # Of the layers that lie alike, one.
+    ways = {
+        (layer.dcft_frozen_weight().shape, str(layer.dcft_frozen_weight().value.sharding)): path
+        for path, layer in layers.items()
+        if is_sharded[path]
+    }
+    seen["no device forms an increment"] = not any(forms_whole(layers[p]) for p in ways.values())
+    seen["one device alone does"] = all(forms_whole(in_one[path]) for path in ways.values())
     prints = [[fingerprint(layer) for layer in of_model.values()] for of_model in (layers, in_one)]
     seen["fingerprints"] = difference(*prints)
     return one, model, shardings
@@ -384,22 +388,31 @@ def check_generating(distribution, seen):
     seen["generated tokens are the same"] = bool(np.array_equal(*found))
 
 
-def main(folder, mesh):
-    folder, shape = Path(folder), tuple(map(int, mesh.split("x")))
-    seen = {}
+def check(mesh, folder):
+    shape, seen = tuple(map(int, mesh.split("x"))), {}
     for kind in ("gemma", *OTHERS[mesh]):
         distribution, of_kind = distribution_of(kind, shape), {}
         trained = check_training(kind, distribution, of_kind)
         check_merging(*trained, distribution, of_kind)
         seen.update({f"{kind}: {name}": value for name, value in of_kind.items()})
     distribution = distribution_of("gemma", shape)
-    check_after_the_scope(distribution, seen)
-    check_files(folder, distribution, seen)
+    if mesh != "4x2":
+        check_files(folder, distribution, seen)
     if mesh == "2x4":
+        check_after_the_scope(distribution, seen)
         check_trained_in_full(distribution, seen)
         check_bank(distribution, folder, seen)
         check_generating(distribution, seen)
         check_sharded_adapters(shape, folder, seen)
+    return seen
+
+
+def main(folder, *meshes):
+    seen = {}
+    for mesh in meshes:
+        path = Path(folder) / mesh
+        path.mkdir()
+        seen[mesh] = check(mesh, path)
     print(json.dumps(seen))
 
 
