@@ -260,6 +260,8 @@ def test_outputs(state, export_format, tmp_path):
 
 
 def test_outputs_of_a_task(export_format, tmp_path):
+    if export_format == "openvino" and keras.backend.backend() != "torch":
+        pytest.skip("what OpenVINO computes is shown by `test_outputs` on every backend")
     check_outputs(with_values("task"), "task", export_format, tmp_path)
 
 
@@ -316,6 +318,9 @@ def test_the_factored_form_is_kept(export_format, tmp_path):
 
 
 def test_the_search_finds_what_is_not_factored(export_format, tmp_path, monkeypatch):
+    if export_format == "openvino" and keras.backend.backend() != "torch":
+        pytest.skip("OpenVINO's files are searched in the same way on every backend")
+
     def call(layer, inputs, training=None):
         outputs = layer._dcft_product(inputs, layer.kernel) + layer.bias
         return layer.activation(outputs)

@@ -351,7 +351,13 @@ def generated_there(model, inputs):
     return outputs.numpy()[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# What a layer's weights are called and how they lie has nothing to do with the backend: all of it
+# on PyTorch, and elsewhere an encoder, a decoder and a model of pictures.
+IS_TORCH = keras.backend.backend() == "torch"
+FAMILIES_HERE = [name for name in FAMILIES if IS_TORCH or name in ("bert", "gpt2", "vit")]
+
+
+@pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_an_adapter_computes_the_same_in_transformers(name, tmp_path):
     pair = Pair(name, tmp_path)
     base = pair.logits()
@@ -369,7 +375,7 @@ def test_an_adapter_computes_the_same_in_transformers(name, tmp_path):
     np.testing.assert_allclose(pair.logits(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_a_lora_of_peft_computes_the_same_here(name, tmp_path):
     pair = Pair(name, tmp_path)
     export_to_peft(enable_dcft(pair.task, kernel_size=3), tmp_path / "names")
@@ -414,7 +420,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama3", "mistral", "gemma"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama3", "mistral", "gemma"] if IS_TORCH else ["bert"]
+)
 def test_any_choice_of_layers_fits(name, case, tmp_path):
     pair = Pair(name, tmp_path)
     trained(enable_dcft(pair.task, **{"kernel_size": 3, **CASES[case]}))
@@ -509,7 +517,7 @@ def test_what_was_trained_is_written_while_it_is_switched_off(tmp_path):
     np.testing.assert_allclose(pair.their_logits(tmp_path / "lora"), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["distilbert", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["distilbert", "gpt2", "phi3"] if IS_TORCH else ["gpt2"])
 def test_round_trips_merge_to_the_same_base(name, tmp_path):
     pair = Pair(name, tmp_path)
     trained(enable_dcft(pair.task, kernel_size=3, rank=2))
@@ -898,7 +906,7 @@ AT_HOME = {"gpt2": {}, "llama3": {}, "mistral": {}, "qwen2": {}, "gemma3": {}} |
 }
 
 
-@pytest.mark.parametrize("name", AT_HOME)
+@pytest.mark.parametrize("name", AT_HOME if IS_TORCH else ["gpt2"])
 def test_a_merged_model_goes_home_to_transformers(name, tmp_path):
     pair = Pair(name, tmp_path, **AT_HOME[name])
     if not hasattr(pair.task, "export_to_transformers"):
