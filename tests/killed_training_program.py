@@ -73,8 +73,6 @@ with mesh.scope():
     for kind in dying:
         train(folder / kind, kind, Death())
     seen = {
-        name: train(folder / name, kind)
-        for kind in KINDS
-        for name in (f"undisturbed {kind}", kind)
+        name: train(folder / name, kind) for kind in KINDS for name in (f"undisturbed {kind}", kind)
     }
 print(json.dumps(seen))
