@@ -201,7 +201,11 @@ class AdapterBank:
         plan, rows = self._rows_of(adapters)
         if is_task(self._model) and self._model.preprocessor is not None:
             _check_count(_count(inputs), adapters)
-            inputs = self._model.preprocessor(np.array(inputs) if _is_texts(inputs) else inputs)
+            # Some tokenizers take lists of texts alone; a tuple of texts is one example of parts.
+            inputs = (
+                list(inputs) if _is_texts(inputs) else keras.tree.map_structure(_listed, inputs)
+            )
+            inputs = self._model.preprocessor(inputs)
             inputs = keras.utils.unpack_x_y_sample_weight(inputs)[0]
         inputs = keras.tree.map_structure(ops.convert_to_numpy, inputs)
         _check_count(_count(inputs), adapters)
@@ -272,6 +276,11 @@ class AdapterBank:
 
 def _is_texts(inputs) -> bool:
     return isinstance(inputs, (list, tuple)) and all(isinstance(x, str) for x in inputs)
+
+
+def _listed(array):
+    is_of_texts = isinstance(array, np.ndarray) and array.dtype.kind in "OSU"
+    return array.tolist() if is_of_texts else array
 
 
 def _count(inputs) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 from named_test import Counted, change
-from tools import MODELS, array, predict, sequential, values, vectors
+from tools import MODELS, array, language_model, predict, sequential, values, vectors
 
 from keras_dcft import (
     AdapterBank,
@@ -485,6 +485,16 @@ def test_the_models_other_adapters_say_nothing(tmp_path):
     change(model, 9)
     with AdapterBank(model, paths) as adapters:
         assert_rows(adapters.predict(vectors(), ROWS), expected)
+
+
+def test_texts_go_to_any_tokenizer(tmp_path):
+    model = language_model()
+    texts = np.array(["good", "bad", "this", "that"])
+    paths, expected = alone(model, texts, tmp_path, call=lambda m, x: m.predict(x, verbose=0))
+    remove_dcft(model)
+    with AdapterBank(model, paths) as adapters:
+        for inputs in (texts, list(texts), tuple(texts)):
+            assert_rows(adapters.predict(inputs, ROWS), expected)
 
 
 @settings(max_examples=15)

@@ -31,6 +31,7 @@ from tools import (
     array,
     bert_backbone,
     bert_classifier,
+    language_model,
     run_eagerly,
     sequential,
     vectors,
@@ -114,31 +115,6 @@ def small_deberta():
         intermediate_dim=64,
         max_sequence_length=12,
     )
-
-
-def gpt2_backbone(vocabulary_size, length):
-    return keras_hub.models.GPT2Backbone(
-        vocabulary_size=vocabulary_size,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=24,
-        max_sequence_length=length,
-    )
-
-
-def language_model():
-    """A GPT-2 of letters, compiled and with a preprocessor, for prompts of its own."""
-    tokens = [*"_abcdefghijklmnopqrstuvwxyzĠ", "th", "<|endoftext|>"]
-    tokenizer = keras_hub.models.GPT2Tokenizer(
-        vocabulary={token: number for number, token in enumerate(tokens)}, merges=["t h"]
-    )
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=64)
-    model = keras_hub.models.GPT2CausalLM(
-        backbone=gpt2_backbone(len(tokens), 64), preprocessor=preprocessor
-    )
-    model.compile(sampler="greedy")
-    return model
 
 
 def from_transformers():
@@ -236,7 +212,7 @@ GIVEN = {
     "docs/many-adapters.md, By name": {"model": by_name},
     "docs/many-adapters.md, A bank": {
         "model": language_model,
-        "inputs": lambda: import_module("tensorflow").constant(TEXTS[:4]),
+        "inputs": lambda: TEXTS[:4],
         "prompts": lambda: ["good", "bad"],
         "tensors": lambda: {
             "token_ids": np.ones((2, 8), "int32"),

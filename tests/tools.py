@@ -64,6 +64,31 @@ def bert_classifier():
     )
 
 
+def gpt2_backbone(vocabulary_size, length):
+    return keras_hub.models.GPT2Backbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        max_sequence_length=length,
+    )
+
+
+def language_model():
+    """A GPT-2 of letters, compiled and with a preprocessor, for prompts of its own."""
+    tokens = [*"_abcdefghijklmnopqrstuvwxyzĠ", "th", "<|endoftext|>"]
+    tokenizer = keras_hub.models.GPT2Tokenizer(
+        vocabulary={token: number for number, token in enumerate(tokens)}, merges=["t h"]
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=64)
+    model = keras_hub.models.GPT2CausalLM(
+        backbone=gpt2_backbone(len(tokens), 64), preprocessor=preprocessor
+    )
+    model.compile(sampler="greedy")
+    return model
+
+
 def compile_task(task):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     task.compile(optimizer=keras.optimizers.Adam(0.01), loss=loss, metrics=None)
