@@ -37,6 +37,9 @@ from support.command_line import (
 )
 
 
+AXES = ("batch", "model")
+
+
 def mesh_sizes(text: str) -> tuple:
     sizes = tuple(map(positive_int, text.split("x")))
     if len(sizes) != len(AXES):
@@ -104,7 +107,6 @@ from support.small_gpt2 import byte_pair_tokenizer
 
 from keras_dcft import enable_dcft, load_dcft_weights, save_dcft_weights, shard_adapters
 
-AXES = ("batch", "model")
 VIRTUAL_DEVICES = 8
 SMALL_GEMMA = {
     "vocabulary_size": 1024,
