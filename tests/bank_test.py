@@ -156,7 +156,7 @@ def test_reversible_embeddings_and_all_normalizations(tmp_path):
 def gpt2(sampler):
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=20,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         hidden_dim=16,
         intermediate_dim=24,
@@ -201,7 +201,7 @@ def test_each_prompt_has_its_own_adapter(sampler, tmp_path):
 
 
 def test_an_encoder_and_decoder(tmp_path):
-    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
     backbone = keras_hub.models.T5Backbone(vocabulary_size=20, dropout=0.0, **sizes)
     rng = np.random.default_rng(0)
     shape, inputs = (4, 6), {}
@@ -218,7 +218,7 @@ def test_an_encoder_and_decoder(tmp_path):
 
 
 def test_a_decoder_generates_beside_its_encoder(tmp_path):
-    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
     backbone = keras_hub.models.BartBackbone(20, max_sequence_length=10, dropout=0.0, **sizes)
     model = keras_hub.models.BartSeq2SeqLM(backbone=backbone, preprocessor=None)
     model.compile(sampler="greedy")
