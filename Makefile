@@ -34,7 +34,7 @@ endef
 .venv-nightly/ready: pyproject.toml constraints.txt constraints-nightly.txt
 	$(call install,constraints.txt)
 	$(@D)/bin/pip uninstall --quiet --yes keras keras-hub
-	$(@D)/bin/pip install --quiet --no-deps --requirement constraints-nightly.txt
+	$(@D)/bin/pip install --quiet --force-reinstall --no-deps --requirement constraints-nightly.txt
 	touch $@
 
 demo: setup

@@ -13,6 +13,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
+from conftest import reads_minilm
 from support.methods import default_preset
 from tools import array
 
@@ -217,7 +218,14 @@ class Pair:
         self.theirs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
 
     def from_preset(self, _):
-        return self.task_class.backbone_cls.from_preset(str(self.folder))
+        try:
+            return self.task_class.backbone_cls.from_preset(str(self.folder))
+        except Exception as error:
+            if reads_minilm():
+                raise
+            pytest.skip(
+                f"this KerasHub does not read this small {self.cls}: {type(error).__name__}"
+            )
 
     def logits(self):
         """KerasHub's."""
