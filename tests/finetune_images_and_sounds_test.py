@@ -36,7 +36,7 @@ def test_digits_that_the_base_has_not_seen_are_learned(tmp_path, capsys):
         "--pretraining-epochs", "3", "--epochs", "4", "--output-dir", str(tmp_path),
     ])  # fmt: skip
     results = check(tmp_path, capsys.readouterr().out, "accuracy", ["5", "6", "7", "8", "9"])
-    assert results["after"] > max(0.6, results["head_only"])
+    assert results["after"] > max(0.4, results["head_only"] + 0.05)
     assert results["before"] < 0.4
     model = load_task(tmp_path / "model.keras")
     base = keras_hub.models.ImageClassifier.from_preset(str(tmp_path / "base"), num_classes=5)

@@ -89,6 +89,17 @@ def language_model():
     return model
 
 
+def writes_transformers(backbone, folder) -> bool:
+    """Whether this KerasHub writes models of this kind for Transformers; into a new folder."""
+    try:
+        backbone.export_to_transformers(str(folder))
+    except (AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and "not implemented" not in str(error):
+            raise
+        return False
+    return True
+
+
 def compile_task(task):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     task.compile(optimizer=keras.optimizers.Adam(0.01), loss=loss, metrics=None)
