@@ -210,8 +210,9 @@ def _check_widths(sizes, kernel_sizes, targets, layers):
         shapes = joined(f"{named(p, layers[p])} ({m} x {n})" for p, (m, n) in too_small.items())
         raise ValueError(
             "`kernel_size` must not be larger than the smaller side of a targeted layer's kernel: "
-            f"take {min(map(min, too_small.values()))} at most, leave such layers frozen with "
-            f"`exclude_layers={names}` or train them in full with `trainable_layers={names}`. "
+            f"train such layers in full with `trainable_layers={names}`, as new ones have to be, "
+            f"leave them frozen with `exclude_layers={names}`, or take "
+            f"{min(map(min, too_small.values()))} at most. "
             f"Received: kernel_size={shortened(repr(sizes.get('', sizes)))} for {shapes}."
         )
 

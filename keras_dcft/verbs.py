@@ -18,7 +18,7 @@ from keras_dcft.models import (
     the_name,
     trained_in_full,
 )
-from keras_dcft.paths import checked_model, joined, required_dcft_layers, walk, with_itself
+from keras_dcft.paths import checked_model, joined, naming, required_dcft_layers, walk, with_itself
 from keras_dcft.paths import named as named_layer
 from keras_dcft.planning import plan_adaptation
 from keras_dcft.settings import (
@@ -118,6 +118,7 @@ def enable_dcft(
     config = plan_adaptation(part, kernel_size, settings, *layers)
     if target_layers is None:
         _warn_of_small_share(part, config)
+        _warn_of_new_head(part, config)
     if names:
         with selection.calls.changing():
             named.add(model, part, config, settings, name)
@@ -179,6 +180,29 @@ def _warn_of_small_share(part, config):
             "layers; train others in full with `trainable_layers`.",
             stacklevel=3,
         )
+
+
+def _warn_of_new_head(part, config):
+    """Warns of a last layer that nobody has trained, which adapting would keep as it is.
+
+    Its bias is zero as it was made, and no other's is; where all are, the whole model is new.
+    """
+    *others, last = config["layers"] or [None]
+    if not others or config["trainable_layers"]:
+        return
+    layers = walk(part)
+    if _is_new(layers[last]) and not any(_is_new(layers[path]) for path in others):
+        warnings.warn(
+            f"Layer {named_layer(last, layers[last])} looks new: its bias is zero. It is frozen "
+            "now, with an adapter. Train a new head in full: `remove_dcft(model)`, then "
+            f"`enable_dcft(model, trainable_layers={naming([last], layers)})`.",
+            stacklevel=3,
+        )
+
+
+def _is_new(layer) -> bool:
+    bias = getattr(layer, "bias", None)
+    return bias is not None and not keras_internals.as_array(bias).any()
 
 
 def _warn_of_integers(task):

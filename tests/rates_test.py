@@ -116,3 +116,18 @@ def test_a_model_of_which_little_is_adapted_is_warned_of():
         enable_dcft(model, kernel_size=2, target_layers="head")
         remove_dcft(model)
         enable_dcft(model, kernel_size=2, trainable_layers="memory")
+
+
+def test_a_new_head_that_would_stay_as_it_is_is_warned_of():
+    inputs = keras.Input((12,))
+    body = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Dense(10)(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(9, name="head")(body.output))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        remove_dcft(enable_dcft(model, kernel_size=4))  # all of it is new
+        body.set_weights([np.ones(weight.shape) for weight in body.weights])
+        remove_dcft(enable_dcft(model, kernel_size=4, trainable_layers="head"))
+        remove_dcft(enable_dcft(model, kernel_size=4, target_layers=".*"))
+        enable_dcft(bert_classifier(), kernel_size=4)
+    with pytest.warns(UserWarning, match=r"'head' looks new.*trainable_layers=\['\^head\$'\]"):
+        enable_dcft(model, kernel_size=4)
