@@ -36,7 +36,6 @@ from support.command_line import (
     run_or_exit,
 )
 
-
 AXES = ("batch", "model")
 
 
