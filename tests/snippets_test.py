@@ -55,6 +55,14 @@ def adapted_classifier():
     return enable_dcft(bert_classifier(), kernel_size=8)
 
 
+def longer_classifier():
+    """Of texts as long as the README has them."""
+    config = bert_backbone().get_config() | {"max_sequence_length": 64}
+    backbone = keras_hub.models.BertBackbone.from_config(config)
+    preprocessor = bert_classifier().preprocessor
+    return keras_hub.models.BertTextClassifier(backbone, 2, preprocessor=preprocessor)
+
+
 def classification_loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -181,7 +189,7 @@ def small_gemma():
 
 
 PRESETS = {
-    "bert_base_en": (keras_hub.models.BertBackbone, bert_classifier),
+    "bert_base_en": (keras_hub.models.BertBackbone, longer_classifier),
     "gemma2_27b_en": (keras_hub.models.GemmaBackbone, small_gemma),
 }
 CLASSIFIER = {
