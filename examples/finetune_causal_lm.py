@@ -40,6 +40,8 @@ def parse_options(arguments=None):
     add("--preset", help="KerasHub preset or folder; without it a small GPT-2 is pre-trained here")
     add("--text-file", nargs="+", default=[], help="UTF-8 files; without them NumPy's docstrings")
     add_training_options(parser, epochs=6, batch_size=8, methods=METHODS)
+    text = "how often the small GPT-2 goes through the old text"
+    add("--pretraining-epochs", type=positive_int, default=2, help=text)
     add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
     prompts = ["Returns the", "Computes the", "Create a"]
     add("--prompt", nargs="+", default=prompts, help="what texts begin with that it writes")
@@ -73,7 +75,7 @@ from keras_dcft import dcft_disabled, load_dcft_weights, merge_dcft, save_dcft_w
 from keras_dcft.settings import counted
 
 OLD_LIBRARIES, NEW_LIBRARIES = ("tensorflow", "matplotlib"), ("numpy",)
-PRETRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 4e-3}
+PRETRAINING = {"batch_size": 8, "learning_rate": 4e-3}
 HELD_OUT_TEXTS = 240
 TIMED_ROUNDS = 5
 
@@ -144,13 +146,15 @@ def pretrained_preset(folder: Path, corpus, options, size) -> Path:
     """Trains a small GPT-2 from scratch on a corpus and saves it as a preset."""
     keras.utils.set_random_seed(options.seed)
     model = small_gpt2(corpus.train, options.sequence_length, **size)
+    epochs = options.pretraining_epochs
     print(
         f"Pre-training a GPT-2 of {model.count_params():,} parameters, vocabulary "
-        f"{model.backbone.vocabulary_size}, on {len(corpus.train):,} {corpus.name}. It "
-        f"takes three to five minutes on two CPU cores, and once: --preset {folder} starts there.",
+        f"{model.backbone.vocabulary_size}, on {len(corpus.train):,} {corpus.name}, for "
+        f"{counted(epochs, 'epoch')}. Two take three to five minutes on two CPU cores, and once: "
+        f"--preset {folder} starts there.",
         flush=True,
     )
-    train(model, corpus.train, seed=options.seed, **PRETRAINING)
+    train(model, corpus.train, epochs, seed=options.seed, **PRETRAINING)
     model.save_to_preset(folder)
     return folder
 

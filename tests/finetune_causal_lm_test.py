@@ -14,6 +14,7 @@ from finetune_causal_lm import (
     main,
     measurements,
     parse_options,
+    pretrained_preset,
     run,
     write,
 )
@@ -140,6 +141,15 @@ def test_without_a_preset_it_makes_one_and_learns_the_new_text(folder):
     attention, feedforward = 4 * (8 + 8 + 4**2), 2 * (8 + 32 + 4**2)
     assert results["trainable_parameters"] == attention + feedforward
     assert set(results["tokens_per_second"]) == {"dcft", "merged"}
+
+
+@only_on("torch")
+def test_it_pretrains_for_as_long_as_asked(tmp_path, capsys):
+    options = parse_options([*QUICK, "--pretraining-epochs", "3"])
+    pretrained_preset(tmp_path, few_texts(finetune_causal_lm.OLD_LIBRARIES), options, TINY)
+    printed = capsys.readouterr().out
+    assert ", for 3 epochs." in printed
+    assert "Epoch 3/3" in printed
 
 
 def test_what_is_written_gives_the_same_model_again(folder):
