@@ -275,7 +275,7 @@ class LossRecord(keras.callbacks.Callback):
             np.arange(len(smooth)) + window - 1,
             smooth,
             color="tab:blue",
-            label=f"mean of {window} steps",
+            label=f"mean of {counted(window, 'step')}",
         )
         axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
         axes.legend()

@@ -14,6 +14,7 @@ order with Keras's LoRA, the head alone, or in full. The backend is chosen as al
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -83,6 +84,8 @@ from keras_dcft.settings import counted
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+FEW_STEPS, ENOUGH_STEPS = 50, 100
+SMALL_BATCH = 8
 MODEL_FILE = "model.keras"
 RESULTS_FILE = "results.json"
 
@@ -135,6 +138,7 @@ def run(options):
         f"{base_parameters:,}.\nLoRA of rank 1 on the same layers would train "
         f"{lora_parameters:,} and the head."
     )
+    print(advice_on_few_steps(len(data.train_texts), options), end="")
     record = PlotRecord()
     record.held_out.append((0, results["accuracy_before"]))
     seconds = train(classifier, data, options, record)
@@ -209,6 +213,19 @@ def predict(options):
         print(f"{results['classes'][row.argmax()]:<{width}}  {row.max():.3f}  {text}")
 
 
+def advice_on_few_steps(examples, options) -> str:
+    """A line that says how to train for more steps, where there are few; otherwise nothing."""
+    steps = options.epochs * math.ceil(examples / options.batch_size)
+    if steps >= FEW_STEPS:
+        return ""
+    batch_size = min(options.batch_size, SMALL_BATCH)
+    epochs = math.ceil(ENOUGH_STEPS / math.ceil(examples / batch_size))
+    return (
+        f"Only {counted(steps, 'step')}: try --batch-size {batch_size} --epochs {epochs} for so "
+        "few texts.\n"
+    )
+
+
 def head_only_accuracy(preset, data, options) -> float:
     keras.utils.set_random_seed(options.seed)
     classifier = make_classifier(preset, data, options.sequence_length)
@@ -279,7 +296,7 @@ class PlotRecord(keras.callbacks.Callback):
             np.arange(len(smooth)) + window - 1,
             smooth,
             color="tab:blue",
-            label=f"mean of {window} steps",
+            label=f"mean of {counted(window, 'step')}",
         )
         left.set(title="Training loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
         left.legend()

@@ -9,7 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED_TFDS
-from finetune_text_classifier import accuracy, main
+from finetune_text_classifier import accuracy, advice_on_few_steps, main, parse_options
 from one_backend import only_on
 from support import text_data
 from support.text_data import (
@@ -120,6 +120,7 @@ def test_the_main_job_with_other_methods(method, trained, table, tiny_preset, tm
             "full": {"kernel", "bias", "embeddings", "gamma", "beta"},
         }[method]
     )
+    assert "Only 5 steps: try --batch-size 8 --epochs 20 for so few texts.\n" in printed
     # The head alone, to compare with, is trained beside the other methods.
     assert ("head_only_accuracy" in results) == ("head only  " in printed) == (method != "head")
 
@@ -154,7 +155,7 @@ def test_badly_formed_tables_are_explained(content, message, tmp_path):
         (["--dataset", "glue/stsb"], "argument --dataset: a regression"),
         (["--dataset", "other"], "--dataset must be `docstrings`, `glue/<task>`"),
         (["--dataset", "glue/rte", "--data-dir", "/nowhere"], "--data-dir has no folder glue/rte"),
-        (["--preset", "/nowhere"], "Unknown preset identifier"),
+        (["--preset", "/nowhere"], "one of: 1) a built-in preset identifier like `'bert_base_en'`"),
         (["--kernel-size", "1000"], "`kernel_size` must not be larger"),
     ],
 )
@@ -196,6 +197,16 @@ def test_texts_are_classified_with_what_was_written(table, tiny_preset, tmp_path
     plain.preprocessor.sequence_length = model.preprocessor.sequence_length
     keras_dcft.load_dcft_weights(plain, tmp_path / "adapter.dcft.safetensors")
     np.testing.assert_array_equal(plain.predict(texts, verbose=0), logits)
+
+
+@only_on("torch")
+@pytest.mark.parametrize(
+    ("batch_size", "advice"),
+    [("32", "Only 14 steps: try --batch-size 8 --epochs 4 for so few texts.\n"), ("8", "")],
+)
+def test_few_steps_are_told_how_to_be_more(batch_size, advice):
+    options = parse_options(["--batch-size", batch_size])  # for two epochs
+    assert advice_on_few_steps(200, options) == advice
 
 
 @only_on("torch")

@@ -93,7 +93,7 @@ def run_or_exit(run, options):
     try:
         run(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def file_size(path: Path) -> str:
