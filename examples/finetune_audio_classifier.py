@@ -27,7 +27,7 @@ def parse_options(arguments=None):
     add = parser.add_argument
     add("--preset", help="of a Whisper, or a folder; without it a small one is pre-trained here")
     add_training_options(parser, epochs=20, batch_size=16)
-    text = "how often the small Whisper goes through the waveforms"
+    text = "without --preset: how often the small Whisper goes through the waveforms"
     add("--pretraining-epochs", type=positive_int, default=10, help=text)
     add("--train-size", type=positive_int, default=1000, help="tones to make for training")
     add("--output-dir", default="finetuned/sounds", help="where everything is written")

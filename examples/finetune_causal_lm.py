@@ -40,7 +40,7 @@ def parse_options(arguments=None):
     add("--preset", help="KerasHub preset or folder; without it a small GPT-2 is pre-trained here")
     add("--text-file", nargs="+", default=[], help="UTF-8 files; without them NumPy's docstrings")
     add_training_options(parser, epochs=6, batch_size=8, methods=METHODS)
-    text = "how often the small GPT-2 goes through the old text"
+    text = "without --preset: how often the small GPT-2 goes through the old text"
     add("--pretraining-epochs", type=positive_int, default=2, help=text)
     add("--sequence-length", type=positive_int, default=48, help="tokens in a text")
     prompts = ["Returns the", "Computes the", "Create a"]
@@ -150,8 +150,8 @@ def pretrained_preset(folder: Path, corpus, options, size) -> Path:
     print(
         f"Pre-training a GPT-2 of {model.count_params():,} parameters, vocabulary "
         f"{model.backbone.vocabulary_size}, on {len(corpus.train):,} {corpus.name}, for "
-        f"{counted(epochs, 'epoch')}. Two take three to five minutes on two CPU cores, and once: "
-        f"--preset {folder} starts there.",
+        f"{counted(epochs, 'epoch')}. By default that takes three to five minutes on two CPU "
+        f"cores, and once: --preset {folder} starts there.",
         flush=True,
     )
     train(model, corpus.train, epochs, seed=options.seed, **PRETRAINING)

@@ -30,7 +30,7 @@ def parse_options(arguments=None):
     add("--preset", help="KerasHub preset or folder; without it a small ViT is pre-trained here")
     add("--image-folder", help="folder with a folder of images for each class; needs --preset")
     add_training_options(parser, epochs=20, batch_size=32)
-    text = "how often the small ViT goes through the digits 0 to 4"
+    text = "without --preset: how often the small ViT goes through the digits 0 to 4"
     add("--pretraining-epochs", type=positive_int, default=30, help=text)
     add("--output-dir", default="finetuned/images", help="where everything is written")
     options = with_learning_rate(parser.parse_args(arguments))

@@ -29,7 +29,7 @@ def parse_options(arguments=None):
     text = "KerasHub preset or folder; without it a small SegFormer is pre-trained here"
     add("--preset", help=text)
     add_training_options(parser, epochs=10, batch_size=16)
-    text = "how often the small SegFormer goes through discs and squares"
+    text = "without --preset: how often the small SegFormer goes through discs and squares"
     add("--pretraining-epochs", type=positive_int, default=15, help=text)
     add("--train-size", type=positive_int, default=600, help="images to draw for training")
     add("--output-dir", default="finetuned/segments", help="where everything is written")
@@ -68,7 +68,12 @@ def main(arguments=None):
 def run(options):
     keras.utils.set_random_seed(options.seed)
     preset = options.preset or pretrained_preset(Path(options.output_dir, "base"), options)
-    size = keras_hub.models.Backbone.from_preset(str(preset), load_weights=False).input.shape[1]
+    backbone = keras_hub.models.Backbone.from_preset(str(preset), load_weights=False)
+    if isinstance(backbone.input, dict):
+        raise ValueError(
+            f"--preset must take images alone, as a SegFormer does. Received: {preset}"
+        )
+    size = backbone.input.shape[1] or SMALL_SIZE
     task = shapes_task(NEW_SHAPES, size, options)
 
     def make():

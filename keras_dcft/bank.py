@@ -279,14 +279,18 @@ def _is_texts(inputs) -> bool:
 
 
 def _listed(array):
-    is_of_texts = isinstance(array, np.ndarray) and array.dtype.kind in "OSU"
-    return array.tolist() if is_of_texts else array
+    """An array of texts as a list of str, which TensorFlow's data sets give as bytes."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "OSU":
+        return array
+    return [text.decode() if isinstance(text, bytes) else text for text in array.tolist()]
 
 
 def _count(inputs) -> int:
     if isinstance(inputs, dict):
         return max(map(_count, inputs.values()))
-    return len(inputs) if _is_texts(inputs) else max(map(len, keras.tree.flatten(inputs)))
+    if isinstance(inputs, (list, tuple)) and not _is_texts(inputs):
+        return max(map(_count, inputs))
+    return len(inputs)
 
 
 def _check_count(count, adapters):

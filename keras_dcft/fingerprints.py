@@ -61,4 +61,4 @@ def _inputs(layer):
 @functools.lru_cache(maxsize=16)  # blocks of a model have the same shapes
 def _signs(*shape):
     # The generator whose numbers NumPy never changes.
-    return np.random.RandomState(0).choice([-1.0, 1.0], size=shape)
+    return np.random.RandomState(0).choice([-1.0, 1.0], size=shape).astype("int8")

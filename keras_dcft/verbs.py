@@ -118,7 +118,8 @@ def enable_dcft(
     config = plan_adaptation(part, kernel_size, settings, *layers)
     if target_layers is None:
         _warn_of_small_share(part, config)
-        _warn_of_new_head(part, config)
+        if not names:
+            _warn_of_new_head(part, config)
     if names:
         with selection.calls.changing():
             named.add(model, part, config, settings, name)
@@ -185,7 +186,8 @@ def _warn_of_small_share(part, config):
 def _warn_of_new_head(part, config):
     """Warns of a last layer that nobody has trained, which adapting would keep as it is.
 
-    Its bias is zero as it was made, and no other's is; where all are, the whole model is new.
+    Its bias is zero as it was made, and none is of the layers before; where one is, they may be
+    new as well. Of several new heads that says nothing.
     """
     *others, last = config["layers"] or [None]
     if not others or config["trainable_layers"]:

@@ -13,6 +13,7 @@ from one_backend import only_on
 from support.methods import load_task
 
 from keras_dcft import load_dcft_weights
+from keras_dcft.settings import counted
 
 LINES = ("head only", "before training", "Training time", "Reloaded", "Adapters: ")
 
@@ -23,7 +24,7 @@ def check(folder, printed, metric, classes):
     assert results["backend"] == keras.backend.backend()
     assert results["reload_difference"] == 0
     assert results["classes"] == classes
-    for line in (*LINES, f"Held-out {metric}", "for 1 epoch\n" if results["epochs"] == 1 else ""):
+    for line in (*LINES, f"Held-out {metric}", f"for {counted(results['epochs'], 'epoch')}\n"):
         assert line in printed
     assert results["trainable_parameters"] < 3000
     assert {"model.keras", "adapter.dcft.safetensors"} < {path.name for path in folder.iterdir()}

@@ -17,7 +17,9 @@ PROGRAM = "import sys, mesh_program; mesh_program.main(*sys.argv[1:])"
 
 def test_everything_on_a_mesh_is_as_on_one_device(tmp_path, run_python):
     printed = run_python(PROGRAM, None, tmp_path, *MESHES, devices=8)
-    for mesh, seen in json.loads(printed.splitlines()[-1]).items():
+    of_meshes = json.loads(printed.splitlines()[-1])
+    assert tuple(of_meshes) == MESHES
+    for mesh, seen in of_meshes.items():
         is_in_parts = mesh != "8"
         if mesh == "2x4":
             places = seen.pop("where A and B of query and output lie")

@@ -27,6 +27,7 @@ from keras_dcft import (
     DCFTCheckpoint,
     DCFTDense,
     activate_dcft,
+    convert_to_lora,
     dcft_disabled,
     dcft_summary,
     enable_dcft,
@@ -693,3 +694,29 @@ def test_enabling_another_adapter_changes_nothing_yet():
     outputs = ops.convert_to_numpy(model(vectors()))
     enable_dcft(model, kernel_size=4, name="other")
     np.testing.assert_array_equal(array(model(vectors())), outputs)
+
+
+@pytest.mark.compiled
+def test_no_verb_leaves_a_stale_function(tmp_path):
+    model = sequential()
+
+    def check(verb=lambda: None):
+        model.predict(vectors(), verbose=0)  # compiled, where a backend compiles
+        before = array(model(vectors()))
+        verb()
+        after = array(model(vectors()))
+        np.testing.assert_allclose(model.predict(vectors(), verbose=0), after, atol=1e-5)
+        return abs(after - before).max() > 1e-3
+
+    check(lambda: enable_dcft(model, kernel_size=4, name="a"))
+    assert check(lambda: change(model, 1))
+    check(lambda: enable_dcft(model, kernel_size=3, name="b"))
+    assert check(lambda: activate_dcft(model, "b"))
+    assert check(lambda: change(model, 2))
+    assert check(lambda: remove_dcft(model, "b"))
+    assert check(lambda: activate_dcft(model, "a"))
+    enable_dcft(model, kernel_size=3, name="b")
+    assert check(lambda: merge_dcft(model, weights={"a": 0.5, "b": 0.5}))
+    check(lambda: enable_dcft(model, kernel_size=4))
+    assert check(lambda: change(model, 3))
+    check(lambda: convert_to_lora(model))

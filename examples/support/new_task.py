@@ -44,7 +44,7 @@ def train(model, task, epochs, learning_rate) -> float:
     return time.perf_counter() - start
 
 
-def compile_model(model, metric, learning_rate=0.0):
+def compile_model(model, metric, learning_rate):
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -52,10 +52,10 @@ def compile_model(model, metric, learning_rate=0.0):
     )
 
 
-def score(model, task) -> float:
-    """The task's metric on what is held out."""
+def score(model, task, options) -> float:
+    """The task's metric on what is held out; compiles, with the rate that a saved model goes on."""
     metric = task.metric()
-    compile_model(model, metric)
+    compile_model(model, metric, options.learning_rate)
     return model.evaluate(task.held_out, verbose=0, return_dict=True)[metric.name]
 
 
@@ -73,12 +73,12 @@ def adapt(make, task, options):
     results = {**vars(options), "task": task.name, "backend": keras.backend.backend()}
 
     model, base = make()
-    results["before"] = score(model, task)
+    results["before"] = score(model, task, options)
     if options.method != "head":
         print(f"\nThe head alone on {task.name}, to compare with:", flush=True)
         apply_method(base, "head")
         train(model, task, options.epochs, LEARNING_RATES["head"])
-        results["head_only"] = score(model, task)
+        results["head_only"] = score(model, task, options)
         model, base = make()
     apply_method(base, options.method, options.kernel_size, options.rank)
     trainable = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -90,7 +90,7 @@ def adapt(make, task, options):
     if options.method == "dcft":
         dcft_summary(model)
     seconds = train(model, task, options.epochs, options.learning_rate)
-    results["after"] = score(model, task)
+    results["after"] = score(model, task, options)
 
     files = [output_dir / "model.keras"]
     model.save(files[0])
