@@ -440,7 +440,7 @@ def test_snippets_run(page, local, hub, tmp_path):
     assert any("/commit/" in path for path in hub) == (page == "docs/serving.md")
 
 
-def test_snippets_on_this_backends_devices_run(local, monkeypatch):
+def test_snippets_on_this_backends_devices_run(local, monkeypatch, run_python):
     """Sections of the page on devices begin with the name of their backend."""
     if BACKEND == "jax" and len(keras.distribution.list_devices()) < 8:
         test = f"{__file__}::{test_snippets_on_this_backends_devices_run.__name__}"
@@ -463,6 +463,10 @@ def test_snippets_on_this_backends_devices_run(local, monkeypatch):
     chosen = [one for one in snippets(page) if BACKEND in one[0].partition(":")[0].lower()]
     assert len(chosen) > 1
     local("\n".join(example.parsed for _, example in chosen))
+    for one in [one for one in chosen if "set_logical_device_configuration" in one[1].parsed]:
+        chosen.remove(one)  # which TensorFlow takes before it computes anything
+        count = "print(len(tf.config.list_logical_devices('CPU')))"
+        assert run_python(f"import tensorflow as tf\n{one[1].parsed}\n{count}").strip() == "2"
     try:
         run_all(page, chosen)
     finally:

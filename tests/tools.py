@@ -200,7 +200,8 @@ def predict(model, inputs):
     runs_eagerly = model.run_eagerly
     model.run_eagerly = runs_eagerly or predicts_eagerly
     if preprocessor is not None:
-        inputs = keras.tree.map_structure(array, preprocessor(inputs))
+        inputs = keras.utils.unpack_x_y_sample_weight(preprocessor(inputs))[0]
+        inputs = keras.tree.map_structure(array, inputs)
         model.preprocessor = None
     try:
         outputs = model.predict(inputs, verbose=0)
