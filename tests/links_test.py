@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-import keras
 import pytest
 from conftest import ROOT
 from markdown_it import MarkdownIt
+from one_backend import only_on
 
 import keras_dcft
 
@@ -18,9 +18,7 @@ PROJECT = re.compile(
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="is about no backend, so one is enough"
-)
+pytestmark = only_on("torch")
 
 
 def targets(text) -> list:

@@ -1,10 +1,10 @@
 """The notebook runs from its first cell to its last, and is committed with what a run gave."""
 
-import keras
 import nbclient
 import nbformat
 import pytest
 from conftest import ROOT
+from one_backend import only_on
 
 NOTEBOOK = nbformat.read(ROOT / "examples" / "finetune_in_ten_minutes.ipynb", as_version=4)
 
@@ -27,7 +27,7 @@ def test_it_has_the_outputs_of_one_run():
 
 
 @pytest.mark.real
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="is tried on torch alone")
+@only_on("torch")
 def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_TRAIN_SIZE", "48")
     monkeypatch.setenv("NOTEBOOK_EPOCHS", "1")

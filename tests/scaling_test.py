@@ -10,6 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 from conftest import ROOT
+from one_backend import only_on
 
 from keras_dcft import enable_dcft
 
@@ -105,7 +106,7 @@ print(json.dumps(counted))
 """
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the same program on every backend")
+@only_on("jax")
 def test_a_devices_share_of_the_base_is_what_jax_puts_there(run_python):
     models, counted = [], []
     for name in ("Llama 3 8B", "Gemma 2 27B", "Qwen3 MoE 235B"):
@@ -120,7 +121,7 @@ def test_a_devices_share_of_the_base_is_what_jax_puts_there(run_python):
     assert json.loads(printed.splitlines()[-1]) == counted
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the same program on every backend")
+@only_on("torch")
 def test_the_page_has_the_tables():
     page = (ROOT / "docs" / "scaling.md").read_text()
     program = [sys.executable, ROOT / "benchmarks" / "scaling.py"]
