@@ -206,9 +206,9 @@ def check_training(kind, distribution, seen):
     ways = {
         (layer.dcft_frozen_weight().shape, str(layer.dcft_frozen_weight().value.sharding)): path
         for path, layer in layers.items()
-        if is_sharded[path] or not any(is_sharded.values())
     }
-    seen["no device forms an increment"] = not any(forms_whole(layers[p]) for p in ways.values())
+    cut = [path for path in ways.values() if is_sharded[path]]
+    seen["no device forms an increment"] = not any(forms_whole(layers[path]) for path in cut)
     seen["one device alone does"] = all(forms_whole(in_one[path]) for path in ways.values())
     prints = [[fingerprint(layer) for layer in of_model.values()] for of_model in (layers, in_one)]
     seen["fingerprints"] = difference(*prints)
