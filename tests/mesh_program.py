@@ -39,12 +39,14 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "moe_intermediate_dim": 16}
 MODELS = {
     "gemma": ("Gemma", {**HEADS, "head_dim": 8}),
     "llama": ("Llama", HEADS),
+    "qwen": ("Qwen", HEADS),
     "qwen_moe": ("QwenMoe", {**HEADS, **EXPERTS, "shared_expert_intermediate_dim": 16}),
+    "qwen3_moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "head_dim": 8}),
 }
 # Gemma is trained and merged on every mesh, the others on one.
 # One of its layers has a single output.
 KERNEL_SIZES = {"qwen_moe": {"shared_expert_gate_dense": 1, ".*": 4}}
-OTHERS = {"8": [], "2x4": ["llama"], "4x2": ["qwen_moe"]}
+OTHERS = {"8": [], "2x4": ["llama", "qwen3_moe"], "4x2": ["qwen", "qwen_moe"]}
 RNG = np.random.default_rng(0)
 INPUTS = {
     "token_ids": RNG.integers(1, 64, (8, 6)),
