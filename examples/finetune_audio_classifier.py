@@ -82,7 +82,8 @@ def main(arguments=None):
 def run(options):
     keras.utils.set_random_seed(options.seed)
     preset = options.preset or pretrained_preset(Path(options.output_dir, "base"), options)
-    task = tones_task("the melodies", MELODIES, options)
+    backbone = keras_hub.models.Backbone.from_preset(str(preset), load_weights=False)
+    task = tones_task("the melodies", MELODIES, options, backbone.num_mels)
 
     def make():
         keras.utils.set_random_seed(options.seed)
@@ -116,13 +117,13 @@ def pretrained_preset(folder: Path, options) -> Path:
     return folder
 
 
-def tones_task(name: str, kinds: dict, options) -> Task:
-    """Tones as Whisper hears them: logarithms of mel spectrograms; the label is the kind."""
+def tones_task(name: str, kinds: dict, options, mels: int = 80) -> Task:
+    """Tones as a Whisper hears them, of so many mel frequencies; the label is the kind."""
     count = options.train_size + HELD_OUT_TONES
     rng = np.random.default_rng(options.seed)
     labels = rng.integers(len(kinds), size=count)
     audio = np.stack([tone(list(kinds)[label], rng) for label in labels])
-    converter = keras_hub.layers.WhisperAudioConverter(max_audio_length=1)
+    converter = keras_hub.layers.WhisperAudioConverter(num_mels=mels, max_audio_length=1)
     features = keras.ops.convert_to_numpy(converter(audio))
     cut = options.train_size
     return Task(

@@ -110,6 +110,17 @@ def test_melodies_are_told_apart(tmp_path, capsys):
     assert "decoder_layer" not in printed
 
 
+@only_on("torch")
+def test_a_whisper_hears_its_own_number_of_mels(tmp_path, capsys):
+    sizes = {**finetune_audio_classifier.SMALL_WHISPER, "num_mels": 40}
+    keras_hub.models.WhisperBackbone(**sizes).save_to_preset(tmp_path / "whisper")
+    finetune_audio_classifier.main([
+        "--preset", str(tmp_path / "whisper"), "--train-size", "16", "--epochs", "1",
+        "--method", "head", "--output-dir", str(tmp_path),
+    ])  # fmt: skip
+    assert "predictions differ by 0" in capsys.readouterr().out
+
+
 def test_a_rising_tone_ends_an_octave_higher():
     rng = np.random.default_rng(0)
 
