@@ -201,11 +201,7 @@ class AdapterBank:
         plan, rows = self._rows_of(adapters)
         if is_task(self._model) and self._model.preprocessor is not None:
             _check_count(_count(inputs), adapters)
-            # Some tokenizers take lists of texts alone; a tuple of texts is one example of parts.
-            inputs = (
-                list(inputs) if _is_texts(inputs) else keras.tree.map_structure(_listed, inputs)
-            )
-            inputs = self._model.preprocessor(inputs)
+            inputs = self._model.preprocessor(_with_texts_listed(inputs))
             inputs = keras.utils.unpack_x_y_sample_weight(inputs)[0]
         inputs = keras.tree.map_structure(ops.convert_to_numpy, inputs)
         _check_count(_count(inputs), adapters)
@@ -278,10 +274,18 @@ def _is_texts(inputs) -> bool:
     return isinstance(inputs, (list, tuple)) and all(isinstance(x, str) for x in inputs)
 
 
+def _with_texts_listed(inputs):
+    """Inputs whose texts are lists of str, which every tokenizer takes.
+
+    A tuple of texts would be one example of several parts.
+    """
+    return list(inputs) if _is_texts(inputs) else keras.tree.map_structure(_listed, inputs)
+
+
 def _listed(array):
-    """An array of texts as a list of str, which TensorFlow's data sets give as bytes."""
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "OSU":
         return array
+    # TensorFlow's data sets give bytes.
     return [text.decode() if isinstance(text, bytes) else text for text in array.tolist()]
 
 

@@ -63,6 +63,9 @@ def enable_dcft(
     task that has the optimizer it was born with, or one just like it, or is compiled with
     `optimizer="auto"`, gets this rate; `fit` warns of a rate of Adam below a tenth of it.
 
+    Warnings tell of a model of which little is adapted, and of a last layer that looks new and
+    would stay as it is: name it in `trainable_layers`.
+
     Args:
         model: a built `keras.Model`: a KerasHub task or backbone, a Sequential, functional,
             nested or subclassed model.

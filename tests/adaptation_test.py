@@ -431,6 +431,12 @@ def test_a_batch_normalization_stays_frozen_when_each_layer_is_toggled(tmp_path)
     assert all(d > 0 for d in differences(before, values(model.layers[1].weights)))
 
 
+def test_texts_go_through_a_tasks_own_predict():
+    task = enable_dcft(bert_classifier(), kernel_size=4)
+    randomize_adapters(task)
+    np.testing.assert_allclose(task.predict(TEXTS, verbose=0), predict(task, TEXTS), atol=1e-5)
+
+
 def test_a_task_is_reclassed_when_its_backbone_is_adapted(tmp_path):
     task = bert_classifier()
     enable_dcft(task.backbone, kernel_size=4)

@@ -82,3 +82,28 @@ def test_the_page_on_devices_has_the_loops_that_the_tests_run(program, function)
     text = (ROOT / "tests" / f"{program}.py").read_text()
     (found,) = (node for node in ast.parse(text).body if getattr(node, "name", None) == function)
     assert f"```python\n{ast.get_source_segment(text, found)}\n```" in page
+
+
+def test_the_page_on_choices_has_the_figures_of_the_long_trainings():
+    scores = {}
+    for line in (ROOT / "docs" / "long_training.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 10 and cells[0] in ("sst2", "xquad"):
+            scores[cells[0], cells[1]] = float(cells[7].split()[0])
+    page = " ".join((ROOT / "docs" / "choices.md").read_text().split())
+    eight, two, lora = "DCFT, kernel size 8", "DCFT, kernel size 2", "LoRA, rank 1"
+    on_sst2, on_xquad = (
+        {name: scores[task, name] for name in (eight, two, lora)} for task in ("sst2", "xquad")
+    )
+    said = (
+        f"On SST-2 it is {100 * (on_sst2[lora] - on_sst2[two]):.1f} points behind that LoRA",
+        f"on XQuAD {100 * (on_xquad[lora] - on_xquad[two]):.1f}, with half",
+        f"kernel size 12 has {scores['xquad', 'DCFT, kernel size 12']:.3f}, "
+        f"size 8 {on_xquad[eight]:.3f}, LoRA on query and value "
+        f"{scores['xquad', 'LoRA, rank 1, query and value']:.3f}",
+        f"{on_sst2[eight]:.3f} to {scores['sst2', 'Uni-LoRA, rank 4, 7,648 numbers']:.3f}",
+        f"{100 * (on_sst2[lora] - on_sst2[eight]):.1f} points behind LoRA of rank 1 on SST-2 and "
+        f"{100 * (on_xquad[lora] - on_xquad[eight]):.0f} on XQuAD",
+    )
+    for text in said:
+        assert text in page, text
