@@ -120,9 +120,10 @@ def enable_dcft(
     layers = (target_layers, exclude_layers, trainable_layers)
     config = plan_adaptation(part, kernel_size, settings, *layers)
     if target_layers is None:
-        _warn_of_small_share(part, config)
+        all_layers = walk(part)
+        _warn_of_small_share(all_layers, config)
         if not names:
-            _warn_of_new_head(part, config)
+            _warn_of_new_head(all_layers, config)
     if names:
         with selection.calls.changing():
             named.add(model, part, config, settings, name)
@@ -167,8 +168,7 @@ def _holders(model, layers):
     return [model, *(holder for holder in found if holder is not model)]
 
 
-def _warn_of_small_share(part, config):
-    layers = walk(part)
+def _warn_of_small_share(layers, config):
     sizes = {
         path: shares.size(keras_internals.own_weights(layer)) for path, layer in layers.items()
     }
@@ -186,7 +186,7 @@ def _warn_of_small_share(part, config):
         )
 
 
-def _warn_of_new_head(part, config):
+def _warn_of_new_head(layers, config):
     """Warns of a last layer that nobody has trained, which adapting would keep as it is.
 
     Its bias is zero as it was made, and none is of the layers before; where one is, they may be
@@ -195,7 +195,6 @@ def _warn_of_new_head(part, config):
     *others, last = config["layers"] or [None]
     if not others or config["trainable_layers"]:
         return
-    layers = walk(part)
     if _is_new(layers[last]) and not any(_is_new(layers[path]) for path in others):
         warnings.warn(
             f"Layer {named_layer(last, layers[last])} looks new: its bias is zero. It is frozen "
