@@ -45,6 +45,8 @@ import numpy as np
 from support.new_task import Task, adapt, train
 from support.text_classifier import batches
 
+from keras_dcft.settings import counted
+
 HELD_OUT_TONES = 250
 PRETRAINING_RATE = 1e-3
 SAMPLES = 16000  # of the one second that each takes
@@ -127,7 +129,7 @@ def tones_task(name: str, kinds: dict, options, mels: int = 80) -> Task:
     features = keras.ops.convert_to_numpy(converter(audio))
     cut = options.train_size
     return Task(
-        f"{name}, {cut:,} tones",
+        f"{name}, {counted(cut, 'tone')}",
         batches(features[:cut], labels[:cut], options.batch_size, shuffle_seed=options.seed),
         batches(features[cut:], labels[cut:], options.batch_size),
         list(kinds),

@@ -51,6 +51,8 @@ from sklearn.datasets import load_digits
 from support.new_task import Task, adapt, train
 from support.text_classifier import batches
 
+from keras_dcft.settings import counted
+
 HELD_OUT_SHARE = 0.25
 PRETRAINING_RATE = 1e-3
 SMALL_VIT = {
@@ -111,7 +113,7 @@ def digits_task(digits: range, options) -> Task:
     images, labels = images.astype("uint8"), labels[chosen] - digits[0]
     cut = round(HELD_OUT_SHARE * len(chosen))
     return Task(
-        f"the digits {digits[0]} to {digits[-1]}, {len(chosen) - cut:,} images",
+        f"the digits {digits[0]} to {digits[-1]}, {counted(len(chosen) - cut, 'image')}",
         batches(images[cut:], labels[cut:], options.batch_size, shuffle_seed=options.seed),
         batches(images[:cut], labels[:cut], options.batch_size),
         [str(digit) for digit in digits],

@@ -47,6 +47,8 @@ import numpy as np
 from support.new_task import Task, adapt, train
 from support.text_classifier import batches
 
+from keras_dcft.settings import counted
+
 HELD_OUT_IMAGES = 200
 PRETRAINING_RATE = 2e-3
 SMALL_SIZE = 32
@@ -115,7 +117,7 @@ def shapes_task(shapes, size: int, options) -> Task:
     cut = options.train_size
     classes = ["background", *shapes]
     return Task(
-        f"{', '.join(shapes)}: {cut:,} drawn images",
+        f"{', '.join(shapes)}: {counted(cut, 'drawn image')}",
         batches(images[:cut], labels[:cut], options.batch_size, shuffle_seed=options.seed),
         batches(images[cut:], labels[cut:], options.batch_size),
         classes,

@@ -65,6 +65,7 @@ from support.text_data import TextData, load_text_data
 
 from keras_dcft import AdapterBank, enable_dcft, read_dcft_notes, remove_dcft, save_dcft_weights
 from keras_dcft.files import SUFFIX
+from keras_dcft.settings import counted
 
 SEQUENCE_LENGTH = 64
 # All adapters of a bank have a head of one size: that of the task with most classes.
@@ -105,7 +106,8 @@ def train_all(classifier, options):
         data = load_text_data(task, options.data_dir, options.train_size)
         name = task.removeprefix("glue/")
         path = options.adapters / f"{name}{SUFFIX}"
-        print(f"{name}: {len(data.train_labels):,} texts, {len(data.classes)} classes", flush=True)
+        texts = counted(len(data.train_labels), "text")
+        print(f"{name}: {texts}, {len(data.classes)} classes", flush=True)
         accuracy = train(classifier, data, options.epochs, path)
         print(f"{name}: held-out accuracy {accuracy:.3f}, wrote {path}", flush=True)
 
