@@ -64,7 +64,7 @@ def enable_dcft(
     `optimizer="auto"`, gets this rate; `fit` warns of a rate of Adam below a tenth of it.
 
     Warnings tell of a model of which little is adapted, and of a last layer that looks new and
-    would stay as it is: name it in `trainable_layers`.
+    would stay as it is, outside of KerasHub's tasks: name it in `trainable_layers`.
 
     Args:
         model: a built `keras.Model`: a KerasHub task or backbone, a Sequential, functional,
@@ -122,7 +122,7 @@ def enable_dcft(
     if target_layers is None:
         all_layers = walk(part)
         _warn_of_small_share(all_layers, config)
-        if not names:
+        if not names and not is_task(model):  # the head of a task is trained in full
             _warn_of_new_head(all_layers, config)
     if names:
         with selection.calls.changing():

@@ -128,6 +128,9 @@ def test_a_new_head_that_would_stay_as_it_is_is_warned_of():
         body.set_weights([np.ones(weight.shape) for weight in body.weights])
         remove_dcft(enable_dcft(model, kernel_size=4, trainable_layers="head"))
         remove_dcft(enable_dcft(model, kernel_size=4, target_layers=".*"))
-        enable_dcft(bert_classifier(), kernel_size=4)
+        task = bert_classifier()
+        task.backbone.set_weights([np.ones(weight.shape) for weight in task.backbone.weights])
+        task.backbone.get_layer("pooled_dense").bias.assign(np.zeros(16))  # as MiniLM's is
+        enable_dcft(task, kernel_size=4)
     with pytest.warns(UserWarning, match=r"'head' looks new.*trainable_layers=\['\^head\$'\]"):
         enable_dcft(model, kernel_size=4)
