@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 import safetensors.numpy
+from one_backend import only_on
 from tools import (
     LABELS,
     MODELS,
@@ -351,6 +352,7 @@ print(len(seen) - 1, len(set(seen)) - 1)
 """
 
 
+@only_on("torch")
 def test_a_file_is_whole_after_every_kill(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SAVE_AND_BE_KILLED, str(tmp_path), "12"],

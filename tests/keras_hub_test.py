@@ -21,6 +21,7 @@ MANY_OPERATIONS = (
     "Gemma4Backbone",
     "GptOssBackbone",
     "SAMBackbone",
+    "StableDiffusion3Backbone",
     "SwinTransformerBackbone",
     "T5Backbone",
     "T5Gemma2Backbone",

@@ -28,11 +28,12 @@ predicts_eagerly = False
 def run_eagerly(is_eager=True):
     """Lets TensorFlow trace and compile nothing, or as users have it; other backends train as ever.
 
-    On JAX `predict` below computes operation by operation then, which JAX compiles once for all
+    Then `predict` below leaves the loop over batches out on TensorFlow and JAX, which takes longer
+    than these models. On JAX it computes operation by operation, which JAX compiles once for all
     models in which they have these shapes.
     """
     global predicts_eagerly
-    predicts_eagerly = is_eager and keras.backend.backend() == "jax"
+    predicts_eagerly = is_eager and keras.backend.backend() != "torch"
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -206,7 +207,10 @@ def predict(model, inputs):
         inputs = keras.tree.map_structure(array, inputs)
         model.preprocessor = None
     try:
-        outputs = model.predict(inputs, verbose=0)
+        if predicts_eagerly:
+            outputs = model.predict_on_batch(inputs)
+        else:
+            outputs = model.predict(inputs, verbose=0)
     finally:
         model.run_eagerly = runs_eagerly
         if preprocessor is not None:
