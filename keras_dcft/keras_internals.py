@@ -330,6 +330,21 @@ def strategy_scope(model):
     return contextlib.nullcontext() if own is None else own.scope()
 
 
+def build_optimizer(model):
+    """Makes the optimizer's variables before TensorFlow traces the first step.
+
+    Else they are made in it, and TensorFlow traces a function that makes variables twice. The other
+    backends' trainers do so, and TensorFlow's for models made in a strategy, which it knows by this
+    attribute. A model that has layers to be built would get more variables in the step.
+    """
+    if keras.config.backend() != "tensorflow" or model._distribute_strategy is not None:
+        return
+    optimizer = getattr(model, "optimizer", None)  # none before it is compiled
+    if optimizer is None or optimizer.built or not all(x.built for x in model._flatten_layers()):
+        return
+    optimizer.build(model.trainable_variables)
+
+
 def track_torch_parameters(layers):
     """Makes PyTorch see the present variables of these layers; does nothing on other backends.
 

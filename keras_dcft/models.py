@@ -151,7 +151,12 @@ class AdaptedModel(Touched):
 
     def fit(self, *args, **kwargs):
         rates.warn_of_low_rate(self)
+        keras_internals.build_optimizer(self)
         return super().fit(*args, **kwargs)
+
+    def train_on_batch(self, *args, **kwargs):
+        keras_internals.build_optimizer(self)
+        return super().train_on_batch(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         with selection.calls.running():

@@ -350,6 +350,21 @@ def test_a_used_task_trains_and_predicts_rightly():
     assert np.abs(predict(model, TEXTS) - before).max() > 0
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="about TensorFlow's tracing")
+@pytest.mark.compiled
+@pytest.mark.parametrize("first_step", ["fit", "train_on_batch"])
+def test_the_first_step_is_traced_once(first_step):
+    traced = []
+    layers = [keras.layers.Dense(9), keras.layers.Lambda(lambda x: traced.append(x) or x)]
+    model = enable_dcft(keras.Sequential([keras.Input((12,)), *layers]), kernel_size=4)
+    with pytest.raises(ValueError, match="compile"):
+        getattr(model, first_step)(vectors(), np.ones((4, 9)))
+    model.compile("adam", "mse", jit_compile=False)
+    traced.clear()
+    getattr(model, first_step)(vectors(), np.ones((4, 9)))
+    assert len(traced) == 1
+
+
 @pytest.mark.compiled
 def test_a_model_compiled_around_a_backbone_sees_that_it_was_adapted():
     model = functional_around_backbone()
