@@ -178,16 +178,25 @@ def set_trainable_flag(layer, value: bool):
 
 
 def layout_of(variable):
-    """How `keras.distribution` has a variable lie on devices; None for one made without it.
+    """The `TensorLayout` of a variable that was made under `keras.distribution`, or None.
 
-    Keras keeps it with the variable and asks nobody again, but has no public name for it.
+    Keras keeps it with the variable and asks nobody again, but has no public name for it. Up to
+    Keras 3.13 it keeps JAX's form of it there.
     """
-    return getattr(variable, "_layout", None)
+    layout = getattr(variable, "_layout", None)
+    if not hasattr(layout, "spec"):
+        return layout
+    shape, devices = layout.mesh.devices.shape, layout.mesh.devices.flat
+    names = [f"{device.platform}:{device.id}" for device in devices]
+    mesh = keras.distribution.DeviceMesh(shape, layout.mesh.axis_names, names)
+    axes = (*layout.spec, *[None] * (len(variable.shape) - len(layout.spec)))
+    return keras.distribution.TensorLayout(axes, mesh)
 
 
 def set_layout(variable, layout):
     """Has a variable lie on devices in another way from now on; Keras decides it once for all."""
-    variable._layout = layout
+    is_jaxs = hasattr(variable._layout, "spec")
+    variable._layout = layout.backend_layout if is_jaxs else layout
     variable.assign(variable.value)
 
 

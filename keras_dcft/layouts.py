@@ -34,15 +34,20 @@ def adapter_scope(host, weight, names):
     layout_map = keras.distribution.LayoutMap(mesh)
     given = keras_internals.layouts_by_pattern(present)
     for path in (f"{host.path}/{name}" for name in names):
-        if path in given and given[path].device_mesh is mesh:
+        if path in given and is_same_mesh(given[path].device_mesh, mesh):
             layout_map[path] = given[path]
-    is_own = present is not None and present.device_mesh is mesh
+    is_own = present is not None and is_same_mesh(present.device_mesh, mesh)
     batch_axis = present.batch_dim_name if is_own else None
     distribution = keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name=batch_axis
     )
     with distribution.scope():
         yield
+
+
+def is_same_mesh(mesh, other) -> bool:
+    """Whether two meshes are of the same devices in the same places, under the same names."""
+    return mesh is other or mesh.backend_mesh == other.backend_mesh
 
 
 def layout_of(variable):

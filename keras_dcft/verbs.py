@@ -454,7 +454,7 @@ def shard_adapters(
         for path, layer in layers.items():
             weight_layout = layouts.layout_of(layer.dcft_frozen_weight())
             mesh = weight_layout and weight_layout.device_mesh
-            if mesh is None or mesh is not layout_map.device_mesh:
+            if mesh is None or not layouts.is_same_mesh(mesh, layout_map.device_mesh):
                 raise ValueError(
                     "`layout_map` must have the mesh that the model was made with, in the scope of "
                     "a `keras.distribution.ModelParallel`. "

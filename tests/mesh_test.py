@@ -25,8 +25,8 @@ def test_everything_on_a_mesh_is_as_on_one_device(tmp_path, run_python):
             places = seen.pop("where A and B of query and output lie")
             # Gemma's queries are (heads, hidden, head_dim), the outputs (heads, head_dim, hidden).
             assert places == [
-                ["P('batch', None)", "P(None, 'model')"],
-                ["P('model', None)", "P(None, 'batch')"],
+                [["batch", None], [None, "model"]],
+                [["model", None], [None, "batch"]],
             ]
         if mesh != "4x2":
             of_adapter, of_model, own, largest, total = seen.pop("one to mesh: bytes")
