@@ -8,6 +8,7 @@ disabling and loading another adapter put it back.
 import functools
 import weakref
 
+import keras
 import numpy as np
 
 from keras_dcft import keras_internals
@@ -36,15 +37,12 @@ def base_value(variable):
 class FrozenVariable:
     """Mixin of the variables that adapting froze: made trainable by hand, one keeps its base."""
 
-    @property
-    def trainable(self):
-        return super().trainable
-
-    @trainable.setter
+    # With Keras's own getter; what `super()` gives is always true to `torch.compile`.
+    @keras.Variable.trainable.setter
     def trainable(self, value):
         if value:
             keep_base(self)
-        super(FrozenVariable, type(self)).trainable.__set__(self, value)
+        keras.Variable.trainable.fset(self, value)
 
 
 @functools.cache

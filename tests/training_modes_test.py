@@ -58,6 +58,22 @@ def test_ways_of_running(arguments):
     assert_trains(model)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="about torch.compile")
+def test_a_compiled_function_sees_what_is_trainable():
+    import torch
+
+    model = enable_dcft(sequential(), kernel_size=4)
+    model.layers[0].bias.trainable = True
+
+    def trained(x):
+        return x + 1, [v.path for v in model.trainable_variables]
+
+    _, expected = trained(torch.ones(1))
+    _, seen = torch.compile(trained, backend="eager")(torch.ones(1))
+    assert seen == expected
+    assert 6 < len(seen) < len(model.variables)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"gradient_accumulation_steps": 2}, {"use_ema": True}, {"clipnorm": 1.0}], ids=str
 )
