@@ -10,6 +10,7 @@ each other, and each times alone.
 
 import fcntl
 import functools
+import importlib
 import json
 import os
 import platform
@@ -148,13 +149,13 @@ def device_kind() -> str:
 
 
 def versions() -> dict:
-    from importlib.metadata import version
-
     import keras
 
     names = ["keras", "keras-hub", keras.backend.backend()]
     names += ["transformers", "peft"] if keras.backend.backend() == "torch" else []
-    return {name: version(name) for name in names}
+    # The modules' own: nightlies are installed under other names.
+    modules = {name: importlib.import_module(name.replace("-", "_")) for name in names}
+    return {name: module.__version__ for name, module in modules.items()}
 
 
 def wait_for(variables):

@@ -51,6 +51,7 @@ WITHOUT_COMPILING = {  # on JAX, the plain ones neither
 # Backbones whose layers or outputs are not made of whole rows of the batch, and the reason.
 WITHOUT_BANK = {
     "CLIPBackbone": "its outputs",  # compare every picture with every text
+    "DiffusionGemmaBackbone": "weights of layers that it does not call",
     "Gemma3nBackbone": "the inputs of its layer 'multimodal_embedding_processor/vision_embedder",
     "Gemma4Backbone": "weights of layers that it does not call",
     "MetaCLIP2Backbone": "its outputs",
