@@ -52,6 +52,7 @@ WITHOUT_COMPILING = {  # on JAX, the plain ones neither
 WITHOUT_BANK = {
     "CLIPBackbone": "its outputs",  # compare every picture with every text
     "DiffusionGemmaBackbone": "weights of layers that it does not call",
+    "EmbeddingGemma2Backbone": "weights of layers that it does not call",
     "Gemma3nBackbone": "the inputs of its layer 'multimodal_embedding_processor/vision_embedder",
     "Gemma4Backbone": "weights of layers that it does not call",
     "MetaCLIP2Backbone": "its outputs",
