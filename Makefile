@@ -74,11 +74,10 @@ package: .venv-release/ready
 
 suite: suite-tensorflow suite-jax suite-torch
 
-# One process a core is enough: what the tests compute is too small to be shared among threads. Each
-# takes files as a whole, as long as it has any: what one test of a file compiled the next has.
+# One process a core is enough: what the tests compute is too small to be shared among threads.
 suite-tensorflow suite-jax suite-torch: suite-%: setup
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		--numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+		--numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
 
 # Each program on one of the backends.
 benchmarks-quick:
