@@ -14,7 +14,7 @@ from keras_dcft import (
 )
 
 MOST = 1500
-LAYERS = 100
+LAYERS = 200
 LONG = "long " * 2000
 
 
