@@ -17,27 +17,14 @@ if os.environ.get("KERAS_BACKEND") == "jax":  # and what runs once need not be o
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
 
-import hypothesis
-import keras
-import keras_hub
-import numpy as np
 import pytest
-import safetensors
-from support.methods import default_preset
-from tools import run_eagerly
+
+# What takes long to import is imported where it is used: the process that hands out the tests to
+# others, which wait for it, reads this file too and uses none of it.
 
 ROOT = Path(__file__).parent.parent
 SHARED_TFDS = ROOT.parent / "shared" / "tfds"
 BACKENDS = ("tensorflow", "jax", "torch")
-
-# Every new shape compiles something, on JAX every operation, so single examples may be slow.
-hypothesis.settings.register_profile(
-    "keras",
-    deadline=None,
-    derandomize=True,
-    max_examples={"jax": 10, "tensorflow": 80, "torch": 200}[keras.backend.backend()],
-)
-hypothesis.settings.load_profile("keras")
 
 
 def pytest_addoption(parser):
@@ -48,8 +35,25 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection():
+    """Settings that must be made before the tests are read."""
+    import hypothesis
+    import keras
+
+    # Every new shape compiles something, on JAX every operation, so single examples may be slow.
+    hypothesis.settings.register_profile(
+        "keras",
+        deadline=None,
+        derandomize=True,
+        max_examples={"jax": 10, "tensorflow": 80, "torch": 200}[keras.backend.backend()],
+    )
+    hypothesis.settings.load_profile("keras")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
+    import keras
+
     keras.utils.clear_session()
     # What earlier tests left, hundreds of thousands of objects of TensorFlow's graphs that Keras
     # never frees, would be looked through again and again.
@@ -60,6 +64,8 @@ def _fresh_state():
 @pytest.fixture(autouse=True)
 def _compiled_only_where_it_matters(request):
     """TensorFlow compiles nothing, JAX no predictions, but in tests marked `compiled`."""
+    from tools import run_eagerly
+
     is_eager = not request.node.get_closest_marker("compiled")
     run_eagerly(is_eager)
     yield
@@ -69,6 +75,10 @@ def _compiled_only_where_it_matters(request):
 @functools.cache
 def reads_minilm() -> bool:
     """Whether this KerasHub reads the layout of MiniLM's file: BERT alone, without a head."""
+    import keras_hub
+    import safetensors
+    from support.methods import default_preset
+
     try:
         keras_hub.models.BertBackbone.from_preset(str(default_preset()))
     except safetensors.SafetensorError:
@@ -84,6 +94,8 @@ def _real_weights_where_they_can_be_read(request):
 
 @pytest.fixture
 def rng():
+    import numpy as np
+
     return np.random.default_rng(0)
 
 
@@ -93,6 +105,8 @@ def run_python():
 
     JAX has as many virtual devices there as it is told.
     """
+
+    import keras
 
     def run(program, backend=None, *arguments, devices=1):
         backend = backend or keras.backend.backend()
