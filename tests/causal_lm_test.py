@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from one_backend import only_on
 from tools import array, randomize_adapters
 
 from keras_dcft import (
@@ -62,7 +63,14 @@ def said_by_the_logits(task):
     return tokens
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        None,
+        pytest.param("int8", marks=only_on("torch", "tensorflow")),
+        pytest.param("int4", marks=only_on("torch", "jax")),
+    ],
+)
 def test_what_is_generated_follows_every_change(mode):
     task = decoder()
     if mode:
@@ -131,7 +139,15 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param("top_k", marks=only_on("torch", "jax")),
+        pytest.param("top_p", marks=only_on("torch", "tensorflow")),
+        pytest.param("beam", marks=only_on("torch", "tensorflow")),
+        pytest.param("contrastive", marks=only_on("torch", "jax")),
+    ],
+)
 def test_samplers_say_what_the_merged_model_says(sampler, tmp_path):
     task = enable_dcft(decoder(), kernel_size=4)
     randomize_adapters(task)

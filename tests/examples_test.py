@@ -72,14 +72,13 @@ def check_main_job(folder, printed, method, trained):
     return results
 
 
+# On the others `test_real_minilm_trains_and_comes_back_from_a_preset` trains it.
 @pytest.mark.real
+@only_on("torch")
 def test_the_main_job_with_the_real_bert(table, tmp_path, capfd):
     arguments = ["--dataset", str(table), "--epochs", "1", "--batch-size", "4"]
     arguments += ["--no-head-baseline", "--output-dir", str(tmp_path)]
-    if keras.backend.backend() == "torch":  # on one in a process of its own, as users start it
-        subprocess.run([sys.executable, PROGRAM, *arguments], check=True, timeout=1200)
-    else:
-        main(arguments)
+    subprocess.run([sys.executable, PROGRAM, *arguments], check=True, timeout=1200)
     results = check_main_job(tmp_path, capfd.readouterr().out, "dcft", 7648 + 770)
     assert results["accuracy_after"] > 0.9 > 0.7 > results["majority_class_accuracy"]
     assert keras.saving.load_model(tmp_path / "model.keras").count_params() > 22e6
@@ -97,8 +96,9 @@ def changed_weights(folder, preset):
 @pytest.mark.parametrize(
     ("method", "trained"),
     [
-        pytest.param("lora", 544 + 248 + 34, marks=only_on("tensorflow")),
-        pytest.param("head", 34, marks=only_on("jax")),
+        pytest.param("dcft", 2 * (4 * 68 + 2 * 71) + 68 + 34, marks=only_on("tensorflow", "jax")),
+        pytest.param("lora", 544 + 248 + 34, marks=only_on("torch")),
+        pytest.param("head", 34, marks=only_on("torch")),
         pytest.param("full", 5416 + 34, marks=only_on("torch")),
     ],
 )
@@ -115,6 +115,7 @@ def test_the_main_job_with_other_methods(method, trained, table, tiny_preset, tm
     assert (
         kinds
         == {
+            "dcft": set(),
             "lora": {"kernel", "bias"},
             "head": set(),
             "full": {"kernel", "bias", "embeddings", "gamma", "beta"},

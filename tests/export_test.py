@@ -8,6 +8,7 @@ from math import prod
 import keras
 import numpy as np
 import pytest
+from one_backend import only_on
 from tools import VOCABULARY, array, bert_classifier, randomize_adapters
 
 from keras_dcft import AdapterBank, enable_dcft, merge_dcft, save_dcft_weights
@@ -237,31 +238,36 @@ def check_outputs(model, kind, export_format, folder):
     path = exported(model, kind, export_format, folder)
     outputs = FORMATS[export_format].outputs(path, inputs)
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-5)
-    return expected
+    return path, outputs
 
 
-@pytest.mark.parametrize("state", ["adapted", "merged", "bank"])
-def test_outputs(state, export_format, tmp_path):
+def test_outputs_and_the_factored_form_are_kept(export_format, tmp_path):
     model = with_values("functional")
-    if state == "merged":
-        merge_dcft(model)
-    if state != "bank":
-        check_outputs(model, "functional", export_format, tmp_path)
-        return
+    path, _ = check_outputs(model, "functional", export_format, tmp_path)
+    assert_factored(model, path, export_format, tmp_path)
+
+
+@only_on("torch")  # a merged model is a plain one
+def test_outputs_of_a_merged_model(export_format, tmp_path):
+    check_outputs(merge_dcft(with_values("functional")), "functional", export_format, tmp_path)
+
+
+def test_outputs_of_a_model_with_a_bank(export_format, tmp_path):
+    model = with_values("functional")
     expected = model.predict(token_ids(), verbose=0)
     path = tmp_path / "other.dcft.safetensors"
     save_dcft_weights(model, path)
     randomize_adapters(model, seed=1)
     with AdapterBank(model, {"other": path}) as bank:
         of_bank = bank.predict(token_ids(), adapters=["other"] * ROWS)
-        outputs = check_outputs(model, "functional", export_format, tmp_path)
+        _, outputs = check_outputs(model, "functional", export_format, tmp_path)
     np.testing.assert_allclose(of_bank, expected, rtol=0, atol=1e-5)
     assert np.abs(outputs - of_bank).max() > 1e-2
 
 
 def test_outputs_of_a_task(export_format, tmp_path):
     if export_format == "openvino" and keras.backend.backend() != "torch":
-        pytest.skip("what OpenVINO computes is shown by `test_outputs` on every backend")
+        pytest.skip("what OpenVINO computes is shown by the functional model on every backend")
     check_outputs(with_values("task"), "task", export_format, tmp_path)
 
 
@@ -273,19 +279,14 @@ def test_adapters_show_in_the_outputs():
         assert np.abs(model.predict(inputs(), verbose=0) - outputs).max() > 1e-3
 
 
-def tensors_of(model, export_format, folder):
-    folder.mkdir(parents=True)
-    path = exported(model, "functional", export_format, folder)
-    return list(FORMATS[export_format].tensors(path))
-
-
-def assert_factored(model, export_format, folder):
+def assert_factored(model, path, export_format, folder):
     """Asserts that thin factors are there, and nothing of a kernel's size that a plain model lacks.
 
     Some formats fold what is made of weights alone into one constant, so the second is not enough.
     """
-    plain = tensors_of(functional(), export_format, folder / "plain")
-    adapted = tensors_of(model, export_format, folder / "adapted")
+    (folder / "plain").mkdir()
+    path_of_plain = exported(functional(), "functional", export_format, folder / "plain")
+    plain, adapted = (list(FORMATS[export_format].tensors(p)) for p in (path_of_plain, path))
     names = {prod(shape): layer.name for layer, shape in matrices(model)}
     of_plain, of_adapted = (
         Counter(
@@ -313,10 +314,6 @@ def known_size(shape):
     return prod(shape) if all(x is not None and x > 0 for x in shape) else 0
 
 
-def test_the_factored_form_is_kept(export_format, tmp_path):
-    assert_factored(with_values("functional"), export_format, tmp_path)
-
-
 def test_the_search_finds_what_is_not_factored(export_format, tmp_path, monkeypatch):
     if export_format == "openvino" and keras.backend.backend() != "torch":
         pytest.skip("OpenVINO's files are searched in the same way on every backend")
@@ -329,5 +326,6 @@ def test_the_search_finds_what_is_not_factored(export_format, tmp_path, monkeypa
     expected = array(model(token_ids()))
     monkeypatch.setattr(DCFTKernel, "call", call)
     np.testing.assert_allclose(array(model(token_ids())), expected, rtol=0, atol=1e-5)
+    path = exported(model, "functional", export_format, tmp_path)
     with pytest.raises(AssertionError):
-        assert_factored(model, export_format, tmp_path)
+        assert_factored(model, path, export_format, tmp_path)

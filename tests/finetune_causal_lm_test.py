@@ -27,8 +27,9 @@ from tools import array, bert_classifier
 
 from keras_dcft import dcft_disabled, enable_dcft
 
-# Where TensorFlow runs functions eagerly, KerasHub's byte-pair tokenizer fails in `fit`.
-pytestmark = pytest.mark.compiled
+# Where TensorFlow runs functions eagerly, KerasHub's byte-pair tokenizer fails in `fit`. Language
+# models are generated with and trained on all backends in causal_lm_test.py.
+pytestmark = [pytest.mark.compiled, only_on("torch", "tensorflow")]
 
 TINY = {"vocabulary_size": 400, "num_layers": 1, "num_heads": 2, "hidden_dim": 32}
 OLD_TEXTS = ["A film about a dog.", "A short film.", "A dog and a film about it."] * 8
@@ -169,13 +170,8 @@ def test_with_the_adapters_switched_off_it_is_the_base(folder):
     assert measured["switched off"]["texts"] == measured["base"]["texts"]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("lora", marks=only_on("tensorflow")),
-        pytest.param("full", marks=only_on("torch")),
-    ],
-)
+@only_on("torch")
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_preset_is_fine_tuned_on_files_in_other_ways(method, preset, text_file, tmp_path, capsys):
     arguments = [
         "--text-file",
@@ -216,6 +212,7 @@ def test_padding_is_no_part_of_the_perplexity(preset):
     assert padded["perplexity"]["short"] == pytest.approx(np.exp(mean), rel=1e-4)
 
 
+@only_on("torch")
 def test_generate_follows_what_fit_changes(preset):
     """The compiled function that `generate` keeps must read the adapters anew."""
     options = parse_options(QUICK)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras.saving import serialize_keras_object
 from tools import array, sequential, values, vectors
+from workers import run_program
 
 from keras_dcft import keras_internals
 
@@ -328,12 +329,12 @@ assert tuple(kernel.value.sharding.spec) == ("model", None)
 """
 
 
-def test_how_a_variable_lies_is_kept_with_it(run_python):
+def test_how_a_variable_lies_is_kept_with_it(tmp_path):
     if keras.backend.backend() != "jax":
         assert keras_internals.layout_of(built(keras.layers.Dense(4)).kernel) is None
         return
     # JAX makes its devices once, and on one device alone nothing lies in any way.
-    run_python(HOW_A_VARIABLE_LIES, devices=2)
+    run_program(HOW_A_VARIABLE_LIES, tmp_path / "log", devices=2)
 
 
 def test_without_a_cluster_every_process_is_the_first():

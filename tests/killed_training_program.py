@@ -1,17 +1,15 @@
 """Trains an adapted model on a mesh of virtual devices, and may kill itself in the middle.
 
-    python killed_training_program.py FOLDER backup|checkpoint    # dies in the third epoch
-    python killed_training_program.py FOLDER                      # goes on with both
+    main(FOLDER, "backup" or "checkpoint")    # dies in the third epoch
+    main(FOLDER)                              # goes on with both
 
-The second prints as JSON the losses of the epochs that each came to, beside those of a training
-that nothing disturbed.
+The second writes as JSON, `losses.json`, the losses of the epochs that each came to, beside those
+of a training that nothing disturbed.
 """
 
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -66,13 +64,14 @@ def train(folder, kind, *callbacks):
     return history.history["loss"], len(kernel.sharding.device_set)
 
 
-folder, *dying = sys.argv[1:]
-folder = Path(folder)
-mesh = keras.distribution.DataParallel(devices=keras.distribution.list_devices("cpu"))
-with mesh.scope():
-    for kind in dying:
-        train(folder / kind, kind, Death())
-    seen = {
-        name: train(folder / name, kind) for kind in KINDS for name in (f"undisturbed {kind}", kind)
-    }
-print(json.dumps(seen))
+def main(folder, *dying):
+    mesh = keras.distribution.DataParallel(devices=keras.distribution.list_devices("cpu"))
+    with mesh.scope():
+        for kind in dying:
+            train(folder / kind, kind, Death())
+        seen = {
+            name: train(folder / name, kind)
+            for kind in KINDS
+            for name in (f"undisturbed {kind}", kind)
+        }
+    (folder / "losses.json").write_text(json.dumps(seen))

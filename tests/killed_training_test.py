@@ -2,13 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import keras
 import pytest
-from conftest import ROOT
+from workers import run_workers
 
 from keras_dcft import read_dcft_notes
 
@@ -19,13 +16,8 @@ pytestmark = pytest.mark.skipif(
 
 def train(folder, *dying):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    return subprocess.run(
-        [sys.executable, ROOT / "tests" / "killed_training_program.py", folder, *dying],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environments, killed = [{"XLA_FLAGS": flags}], 0 if dying else None
+    run_workers("killed_training_program", environments, folder, *dying, killed=killed)
 
 
 def test_a_killed_training_has_the_losses_of_an_undisturbed_one(tmp_path):
@@ -33,12 +25,11 @@ def test_a_killed_training_has_the_losses_of_an_undisturbed_one(tmp_path):
     for kind in kinds:
         (tmp_path / kind).mkdir()
         (tmp_path / f"undisturbed {kind}").mkdir()
-        assert train(tmp_path, kind).returncode == -signal.SIGKILL
+        train(tmp_path, kind)
     for file in tmp_path.glob("*/*.dcft.safetensors"):
         read_dcft_notes(file)  # whole, by its checksum
-    finished = train(tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    seen = json.loads(finished.stdout.splitlines()[-1])
+    train(tmp_path)
+    seen = json.loads((tmp_path / "losses.json").read_text())
     for kind in kinds:
         expected, devices = seen[f"undisturbed {kind}"]
         assert devices == 4

@@ -6,6 +6,7 @@ import socket
 
 import keras
 import pytest
+from workers import run_program
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="`keras.distribution` has meshes on JAX"
@@ -15,8 +16,8 @@ MESHES = ("8", "2x4", "4x2")
 PROGRAM = "import sys, mesh_program; mesh_program.main(*sys.argv[1:])"
 
 
-def test_everything_on_a_mesh_is_as_on_one_device(tmp_path, run_python):
-    printed = run_python(PROGRAM, None, tmp_path, *MESHES, devices=8)
+def test_everything_on_a_mesh_is_as_on_one_device(tmp_path):
+    printed = run_program(PROGRAM, tmp_path / "log", tmp_path, *MESHES, devices=8)
     of_meshes = json.loads(printed.splitlines()[-1])
     assert tuple(of_meshes) == MESHES
     for mesh, seen in of_meshes.items():

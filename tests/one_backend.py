@@ -1,10 +1,10 @@
-"""Tests of what no backend has a part in, or another test tries on all, are for one of them."""
+"""Tests of what no backend has a part in, or another test tries on all, are for some of them."""
 
 import keras
 import pytest
 
 
-def only_on(backend: str):
+def only_on(*backends: str):
     """Skips a test on the other backends."""
-    elsewhere = keras.backend.backend() != backend
-    return pytest.mark.skipif(elsewhere, reason=f"tried on {backend}")
+    elsewhere = keras.backend.backend() not in backends
+    return pytest.mark.skipif(elsewhere, reason=f"tried on {' and '.join(backends)}")

@@ -6,6 +6,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
+from one_backend import only_on
 from tools import (
     TEXTS,
     array,
@@ -172,7 +173,10 @@ def test_calibrating_an_adapted_model_is_refused(mode):
     assert [layer.quantization_mode for layer in dcft_layers(model).values()] == [None] * 3
 
 
-@pytest.mark.parametrize("mode", ["gptq", "awq"])
+# Calibrating is Keras's, and takes long on JAX.
+@pytest.mark.parametrize(
+    "mode", [pytest.param("gptq", marks=only_on("torch", "tensorflow")), "awq"]
+)
 def test_a_calibrated_base_is_adapted(mode, tmp_path):
     inputs = keras.Input((6,), dtype="int32")
     embedding = keras.layers.Embedding(19, 16)

@@ -1,8 +1,6 @@
 """What is counted on paper is what real models have."""
 
 import json
-import os
-import subprocess
 import sys
 
 import keras
@@ -119,15 +117,3 @@ def test_a_devices_share_of_the_base_is_what_jax_puts_there(run_python):
         counted.append(layout["sharded_bytes"])
     printed = run_python(SHARDED, "jax", json.dumps(models), devices=8)
     assert json.loads(printed.splitlines()[-1]) == counted
-
-
-@only_on("torch")
-def test_the_page_has_the_tables():
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    program = [sys.executable, ROOT / "benchmarks" / "scaling.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-    tables = printed.stdout.strip().split("\n\n")
-    assert len(tables) == 3
-    for table in tables:
-        assert table in page

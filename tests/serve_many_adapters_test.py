@@ -42,6 +42,7 @@ def ask(client, text, adapter):
     return client.post("/predict", json={"text": text, "adapter": adapter})
 
 
+@only_on("torch")
 def test_a_mixed_stream_is_answered_and_adapters_come_and_go(served):
     client, folder, logits = served
     asked = [(name, number) for name in logits for number in range(len(TEXTS))] * 6

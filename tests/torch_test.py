@@ -72,7 +72,10 @@ class Wrapped(torch.nn.Module):
 
 @pytest.mark.parametrize("how", ["model", "module", "compiled"])
 def test_a_torch_loop_trains_the_adapters_and_nothing_else(how):
-    model = enable_dcft(sequential(), kernel_size=4)
+    model = sequential()
+    if how == "compiled":  # fewer layers, as following them takes PyTorch ten seconds each
+        model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(9)])
+    enable_dcft(model, kernel_size=4)
     randomize_adapters(model)
     module = Wrapped(model) if how == "module" else model
     run = torch.compile(module, backend="aot_eager") if how == "compiled" else module
@@ -80,7 +83,7 @@ def test_a_torch_loop_trains_the_adapters_and_nothing_else(how):
     frozen = model.non_trainable_variables
     before, before_frozen = values(trained), values(frozen)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    assert len(parameters) == len(trained) == 6
+    assert len(parameters) == len(trained) == (3 if how == "compiled" else 6)
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     inputs = torch.as_tensor(vectors())
     losses = []

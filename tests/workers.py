@@ -1,4 +1,4 @@
-"""Starting the processes of one distributed training on this machine."""
+"""New processes that need not import anything: of one distributed training, or for one program."""
 
 import importlib
 import multiprocessing
@@ -43,17 +43,13 @@ def run_workers(program, environments, folder, *arguments, killed=None):
     """
     workers = [
         PROCESSES.Process(
-            target=_run, args=(program, environment, folder / f"{number}.log", folder, *arguments)
+            target=_run_module,
+            args=(program, environment, folder / f"{number}.log", folder, *arguments),
         )
         for number, environment in enumerate(environments)
     ]
     try:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("KERAS_BACKEND", keras.backend.backend())
-            # Else Python 3.11 imports nothing beforehand.
-            environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-            for worker in workers:
-                worker.start()
+        _start(workers)
         for number in range(len(workers)) if killed is None else [killed]:
             workers[number].join(SECONDS)
             code = 0 if killed is None else -signal.SIGKILL
@@ -65,9 +61,52 @@ def run_workers(program, environments, folder, *arguments, killed=None):
                 worker.join()
 
 
-def _run(program, environment, log, *arguments):
+def run_program(program, log, *arguments, devices=1) -> str:
+    """Runs a program in a new process, and returns what it printed.
+
+    Args:
+        program: str, Python.
+        log: path of a file for what it prints.
+        arguments: what it finds in `sys.argv`.
+        devices: int, how many virtual devices JAX has there.
+    """
+    environment = {}
+    if keras.backend.backend() == "jax":
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    arguments = program, environment, log, *map(str, arguments)
+    worker = PROCESSES.Process(target=_run_program, args=arguments)
+    try:
+        _start([worker])
+        worker.join(SECONDS)
+        assert worker.exitcode == 0, log.read_text()
+    finally:
+        worker.kill()
+    return log.read_text()
+
+
+def _start(workers):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("KERAS_BACKEND", keras.backend.backend())
+        # Else Python 3.11 imports nothing beforehand.
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        for worker in workers:
+            worker.start()
+
+
+def _run_module(name, environment, log, *arguments):
+    _prepare(environment, log)
+    importlib.import_module(name).main(*arguments)
+
+
+def _run_program(program, environment, log, *arguments):
+    _prepare(environment, log)
+    sys.argv = ["", *arguments]
+    exec(program, {"__name__": "__main__"})
+
+
+def _prepare(environment, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    importlib.import_module(program).main(*arguments)
