@@ -1,5 +1,8 @@
 """The adapter: its settings, its three variables, and what they make of inputs."""
 
+import contextlib
+import threading
+
 import keras
 from keras import ops
 
@@ -12,6 +15,29 @@ ADAPTER_VARIABLES = ("dcft_a", "dcft_b", "dcft_filter")
 # On PyTorch thin factors are padded to this many columns at least: MKL takes up to twice as long
 # for products of 2 to 15 columns as for 16.
 TORCH_WIDTH = 16
+
+
+_own = threading.local()
+
+
+@contextlib.contextmanager
+def made_beforehand(layers):
+    """Inside, in this thread, thin factors of layers are those made now, not anew at each use.
+
+    Args:
+        layers: adapted layers; with none of them all are made anew again, as after a change.
+    """
+    outside = getattr(_own, "factors", {})
+    _own.factors = {
+        (id(layer.dcft_adapter), layer.compute_dtype): layer.dcft_adapter.thin_factors(
+            layer.compute_dtype
+        )
+        for layer in layers
+    }
+    try:
+        yield
+    finally:
+        _own.factors = outside
 
 
 class Adapter:
@@ -83,6 +109,10 @@ class Adapter:
 
     def thin_factors(self, dtype):
         """The increment's two thin factors, (in, r * width) and (r * width, out)."""
+        made = getattr(_own, "factors", {}).get((id(self), keras.backend.standardize_dtype(dtype)))
+        return made or self._made_factors(dtype)
+
+    def _made_factors(self, dtype):
         (rows, columns), settings = self.matrix_shape, self.settings
         d = settings.kernel_size
         padding = self.width - d

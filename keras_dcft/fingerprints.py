@@ -29,7 +29,9 @@ def fingerprint(layer) -> list:
     view = keras_internals.view_as(layer, base)
     for name in ("bias", "activation"):
         vars(view)[name] = None
-    outputs = view(_inputs(layer))  # by `__call__`, which casts the weights in mixed precision
+    # By `__call__` where that casts the weights; it takes as long as the product itself.
+    is_cast = layer.compute_dtype != layer.variable_dtype or layer.quantization_mode is not None
+    outputs = (view if is_cast else view.call)(_inputs(layer))
     outputs = keras_internals.as_array(ops.cast(outputs, "float32")).astype("float64")
     if issubclass(base, keras.layers.Embedding):
         outputs = _signs(1, len(outputs)) @ outputs

@@ -7,7 +7,10 @@ that is imported first; so the made classes of all of KerasHub's are made when t
 import importlib.util
 from pathlib import Path
 
+import keras
+
 from keras_dcft import freezing, keras_internals, rates, selection
+from keras_dcft.adapter import made_beforehand
 from keras_dcft.cards import preset_card
 from keras_dcft.models import (
     AdaptedModel,
@@ -19,7 +22,7 @@ from keras_dcft.models import (
     keep_their_class,
     special_classes,
 )
-from keras_dcft.paths import joined, walk
+from keras_dcft.paths import dcft_layers, joined, walk
 from keras_dcft.settings import AdapterSettings
 
 CODE_FOR_A_PRESET = """\
@@ -105,6 +108,13 @@ class AdaptedTask(AdaptedBackbone):
     def generate(self, *args, **kwargs):
         with selection.calls.running():
             return super().generate(*args, **kwargs)
+
+    def generate_step(self, *args, **kwargs):
+        # Compilers leave most of what makes the factors in the loop over tokens. On PyTorch
+        # fused.py keeps them.
+        is_kept = keras.config.backend() == "torch"
+        with made_beforehand([] if is_kept else dcft_layers(self).values()):
+            return super().generate_step(*args, **kwargs)
 
 
 def _is_public(cls) -> bool:

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_dcft import freezing, keras_internals, shares
+from keras_dcft.adapter import made_beforehand
 
 _lock = threading.RLock()
 # By the variable's id: the variable, the value to put back, and how many blocks are open.
@@ -67,7 +68,7 @@ def switched_off(base_values: list):
         base_values: list of pairs of a variable and a NumPy array.
     """
     if base_values and keras_internals.is_traced(base_values[0][0]):
-        with keras_internals.traced_with(base_values):
+        with keras_internals.traced_with(base_values), made_beforehand([]):
             yield
         return
     entered = []
@@ -79,7 +80,8 @@ def switched_off(base_values: list):
                     _switched_off[id(variable)] = [variable, kept, 0]
                 _switched_off[id(variable)][2] += 1
                 entered.append(variable)
-        yield
+        with made_beforehand([]):
+            yield
     finally:
         with calls.changing(also_inside=True), _lock:
             for variable in entered:

@@ -404,6 +404,7 @@ def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new(tmp_path):
 
 
 @pytest.mark.real
+@only_on("torch")
 def test_the_minilm_file_is_small(tmp_path):
     import keras_hub
     from support.methods import default_preset

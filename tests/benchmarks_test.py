@@ -9,10 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 from conftest import ROOT
+from one_backend import only_on
 from workers import free_ports, run_workers
 
 from keras_dcft import enable_dcft, save_dcft_weights
@@ -29,12 +29,6 @@ needs_tfds = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None,
     reason="tensorflow_datasets is not installed, by which a tiny GLUE is written and read",
 )
-
-
-def on(backend):
-    return pytest.mark.skipif(
-        keras.backend.backend() != backend, reason=f"is tried on {backend} alone"
-    )
 
 
 @pytest.fixture
@@ -73,7 +67,7 @@ def row_of(printed, first) -> list:
 # --- time and memory ---
 
 
-@on("torch")
+@only_on("torch")
 def test_training_step(run, tmp_path):
     methods = ["floor", DCFT, "DCFT 8, full increment", "Keras LoRA, rank 1"]
     arguments = ["--backends", "torch", "--models", "base", "--rounds", "2", "--processes", "1"]
@@ -91,7 +85,7 @@ def test_training_step(run, tmp_path):
     assert (tmp_path / "docs" / "training_step.png").stat().st_size
 
 
-@on("torch")
+@only_on("torch")
 def test_growth(run, tmp_path):
     run("growth", "--backends", "torch", "--rounds", "2")
     layer, enabled = results_of(tmp_path, "growth.json")
@@ -106,7 +100,7 @@ def test_growth(run, tmp_path):
     ]
 
 
-@on("torch")
+@only_on("torch")
 def test_inference(run, tmp_path):
     run("inference", "--backends", "torch", "--models", "base", "generate", "--rounds", "2")
     results = results_of(tmp_path, "inference.json")
@@ -117,7 +111,7 @@ def test_inference(run, tmp_path):
     assert row_of(run("inference", "--report"), "base, 2 x 8")[1] == "torch"
 
 
-@on("torch")
+@only_on("torch")
 @pytest.mark.real
 def test_bank(run, tmp_path):
     pytest.importorskip("peft")
@@ -131,7 +125,7 @@ def test_bank(run, tmp_path):
     assert row_of(printed, "bank")[2] == "1.00"
 
 
-@on("torch")
+@only_on("torch")
 def test_memory(run, tmp_path):
     page = tmp_path / "docs" / "scaling.md"
     page.write_text("<!-- made by benchmarks/memory.py -->\n<!-- end -->\n")
@@ -146,7 +140,7 @@ def test_memory(run, tmp_path):
     assert f"| bfloat16 | {steps[0]['base_bytes'] / 1e6:,.0f} MB | 8 | " in printed
 
 
-@on("torch")
+@only_on("torch")
 def test_profile_step(run, tmp_path):
     run("profile_step", "--backends", "torch")
     [result] = results_of(tmp_path, "profile.json")
@@ -156,7 +150,7 @@ def test_profile_step(run, tmp_path):
     assert row_of(run("profile_step", "--report"), f"base, training step | torch | {DCFT}")
 
 
-@on("torch")
+@only_on("torch")
 def test_traffic(run, tmp_path):
     """Its report alone: what it measures are a GPU's rates."""
     for name in ("traffic.json", "training_step.json"):
@@ -167,7 +161,7 @@ def test_traffic(run, tmp_path):
     assert limits
 
 
-@on("jax")
+@only_on("torch")
 @pytest.mark.real
 def test_swap(run, tmp_path):
     run("swap")
@@ -176,7 +170,7 @@ def test_swap(run, tmp_path):
     assert result["median_milliseconds"] > 0
 
 
-@on("jax")
+@only_on("jax")
 def test_performance(run, tmp_path):
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results", dirs_exist_ok=True)
     run("performance")
@@ -189,20 +183,20 @@ def test_performance(run, tmp_path):
 # --- sizes and models ---
 
 
-@on("jax")
+@only_on("jax")
 def test_scaling(run, tmp_path):
     printed = run("scaling", "--report")
     assert printed.strip() in (tmp_path / "docs" / "scaling.md").read_text()
 
 
-@on("jax")
+@only_on("torch")
 @pytest.mark.real
 def test_file_sizes(run, tmp_path):
     printed = run("file_sizes")
     assert printed.strip() in (tmp_path / "docs" / "transformers.md").read_text()
 
 
-@on("torch")
+@only_on("torch")
 def test_backbones(run, tmp_path):
     run("backbones", "--backends", "torch")
     [result] = results_of(tmp_path, "backbones.jsonl")
@@ -250,7 +244,7 @@ def squad(tmp_path):
     return path
 
 
-@on("tensorflow")
+@only_on("tensorflow")
 @pytest.mark.real
 @needs_tfds
 def test_quality(run, tmp_path, glue):
@@ -263,7 +257,7 @@ def test_quality(run, tmp_path, glue):
     assert printed.strip() in (tmp_path / "docs" / "results.md").read_text()
 
 
-@on("tensorflow")
+@only_on("tensorflow")
 @pytest.mark.real
 @needs_tfds
 def test_ablation(run, tmp_path, glue):
@@ -275,7 +269,7 @@ def test_ablation(run, tmp_path, glue):
     assert f"| alpha 8 | {result['trainable_parameters']:,} | {result['score']:.4f} |" in page
 
 
-@on("jax")
+@only_on("jax")
 @pytest.mark.real
 @needs_tfds
 def test_long_training(run, tmp_path, glue, squad):
@@ -289,7 +283,7 @@ def test_long_training(run, tmp_path, glue, squad):
     assert row_of(printed, "rte | DCFT, kernel size 8")[-1] == "1"
 
 
-@on("torch")
+@only_on("torch")
 @pytest.mark.real
 @needs_tfds
 def test_precision(run, tmp_path, glue):
@@ -299,7 +293,7 @@ def test_precision(run, tmp_path, glue):
     assert row_of(run("precision", "--table"), "bfloat16")
 
 
-@on("torch")
+@only_on("torch")
 @pytest.mark.real
 @needs_tfds
 def test_main_job(run, tmp_path, glue):
@@ -310,7 +304,7 @@ def test_main_job(run, tmp_path, glue):
     assert row_of(run("main_job", "--table"), "DCFT, kernel size 8 | torch")
 
 
-@on("tensorflow")
+@only_on("tensorflow")
 @pytest.mark.real
 def test_serving(run, tmp_path):
     pytest.importorskip("httpx")

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from one_backend import only_on
 from tools import predict, sequential, vectors
 
 from keras_dcft import (
@@ -105,6 +106,7 @@ def fit_with(metrics, monitor, path, model=None, **options):
         ([Without(name="other_loss")], "val_other_loss", "min"),
     ],
 )
+@only_on("torch")
 def test_the_mode_is_the_metrics_own(metrics, monitor, mode, tmp_path):
     assert fit_with(metrics, monitor, tmp_path / "a.dcft.safetensors") == mode
 

@@ -5,6 +5,7 @@ import re
 import keras_hub
 import numpy as np
 import pytest
+from one_backend import only_on
 from tools import (
     TEXTS,
     backbone_inputs,
@@ -22,6 +23,8 @@ from keras_dcft import (
     save_dcft_weights,
     write_model_card,
 )
+
+pytestmark = only_on("torch")  # text, in which no backend has a part
 
 
 def adapted_classifier(**arguments):

@@ -131,6 +131,25 @@ def test_training_is_seen_by_what_was_compiled_before():
     np.testing.assert_array_equal(after, said_by_the_logits(task))
 
 
+def test_what_is_switched_off_while_generating_is_off(monkeypatch):
+    """Although the factors of the adapters are made before the first token."""
+    task = decoder()
+    base = generated(task)
+    randomize_adapters(enable_dcft(task, kernel_size=4))
+    adapted = generated(task)
+    cls = keras_hub.models.Llama3CausalLM
+    generate_step = cls.generate_step
+
+    def with_the_base(task, *inputs, **arguments):
+        with dcft_disabled(task):
+            return generate_step(task, *inputs, **arguments)
+
+    monkeypatch.setattr(cls, "generate_step", with_the_base)
+    task.compile(sampler="greedy")
+    np.testing.assert_array_equal(generated(task), base)
+    assert (adapted != base).any()
+
+
 SAMPLERS = {
     "top_k": lambda: keras_hub.samplers.TopKSampler(5, seed=3),
     "top_p": lambda: keras_hub.samplers.TopPSampler(0.8, seed=3),

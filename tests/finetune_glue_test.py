@@ -167,6 +167,7 @@ def test_a_line_has_settings_and_results_and_both_of_mnlis_splits(arguments, pre
     }
 
 
+@only_on("torch")
 def test_the_papers_recipe_is_followed(arguments, preset, tmp_path, monkeypatch):
     trained = []
     train = finetune_glue.train

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import ROOT
+from one_backend import only_on
 from tools import array, bert_classifier, randomize_adapters
 
 from keras_dcft import enable_dcft, load_dcft_weights, read_dcft_notes, save_dcft_weights
@@ -177,6 +178,7 @@ def test_the_command_prints_a_file_and_names_those_it_cannot_read(classifier_fil
     assert missing in second
 
 
+@only_on("torch")
 def test_it_is_run_as_a_module(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -7,6 +7,7 @@ import keras
 import pytest
 from harness import Harness
 from keras.src import layers
+from one_backend import only_on
 
 from keras_dcft import DCFTDense, DCFTEinsumDense
 
@@ -17,8 +18,9 @@ dense_test, einsum_dense_test = (
     for name in ("dense_test", "einsum_dense_test")
 )
 
-# Keras's float8 does not train in TensorFlow's eager mode.
-pytestmark = pytest.mark.compiled
+# Keras's float8 does not train in TensorFlow's eager mode. On JAX, where each of these small layers
+# is compiled, our own suite of the kind, harness_test.py, is enough.
+pytestmark = [pytest.mark.compiled, only_on("torch", "tensorflow")]
 
 
 @keras.saving.register_keras_serializable("keras_dcft_tests")

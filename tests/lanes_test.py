@@ -86,7 +86,7 @@ def test_lanes_train_as_keras_does(examples, method):
     schedule, decay = linear_decay, 0.0
     if method == "the paper's":
         schedule, decay = functools.partial(LinearWarmupDecay, warmup_share=0.2), 0.1
-    runs = [(5e-3, 0), (2e-2, 1)]
+    runs = [(5e-3, 0), (2e-2, 1)] if method == "the paper's" else [(2e-2, 1)]
     plans = [cut(plan(examples.lengths, LENGTHS, 2, 8, seed)) for _, seed in runs]
     expected, first_values = [], []
     for (rate, seed), made in zip(runs, plans):
@@ -96,12 +96,12 @@ def test_lanes_train_as_keras_does(examples, method):
         expected.append(losses_of_keras(model, optimizer, examples, made))
 
     lanes = Lanes(model, examples, examples, Settings(schedule(1.0, STEPS), decay))
-    state = lanes.start(first_values, [0, 1], STEPS)
+    state = lanes.start(first_values, list(range(len(runs))), STEPS)
     rates = [rate for rate, _ in runs]
     state, before = lanes.run(state, rates, plans, 0, STEPS // 2)
     state, after = lanes.run(state, rates, plans, STEPS // 2, STEPS)
     np.testing.assert_allclose(state["losses"], expected, rtol=1e-4)
     # The last lane's model is the one that Keras has trained.
     inputs = {name: np.array(v) for name, v in inputs_of(examples.arrays()).items()}
-    np.testing.assert_allclose(after[1], model.predict_on_batch(inputs), atol=1e-4)
+    np.testing.assert_allclose(after[-1], model.predict_on_batch(inputs), atol=1e-4)
     assert abs(after - before).max() > 1e-3

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import reads_minilm
+from one_backend import only_on
 from support.methods import default_preset
 from tools import array, writes_transformers
 
@@ -936,6 +937,7 @@ def test_a_merged_model_goes_home_to_transformers(name, tmp_path):
 
 
 @pytest.mark.real
+@only_on("torch")
 def test_real_weights(tmp_path):
     preset = str(default_preset())
     task = keras_hub.models.BertTextClassifier.from_preset(preset, num_classes=2)
