@@ -76,7 +76,8 @@ suite: suite-tensorflow suite-jax suite-torch
 
 # One process a core is enough: what the tests compute is too small to be shared among threads.
 suite-tensorflow suite-jax suite-torch: suite-%: setup
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
+		$(BIN)/python -m pytest \
 		--numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
 
 # Each program on one of the backends.

@@ -25,6 +25,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED_TFDS = ROOT.parent / "shared" / "tfds"
 BACKENDS = ("tensorflow", "jax", "torch")
+# Of the files at the end of the alphabet.
+LONG = ("snippets_test", "strategy_test", "torch_test", "training_modes_test")
 
 
 def pytest_addoption(parser):
@@ -48,6 +50,11 @@ def pytest_collection():
         max_examples={"jax": 10, "tensorflow": 80, "torch": 200}[keras.backend.backend()],
     )
     hypothesis.settings.load_profile("keras")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests go first: at the end they would leave the other processes without work."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,7 @@ PAGES = {
     "docs/export.md": "tensorflow",
     "docs/format.md": "torch",
     "docs/image-classifier.md": "torch",
-    "docs/language-model.md": "jax",
+    "docs/language-model.md": "torch",
     "docs/many-adapters.md": "torch",
     "docs/method.md": "torch",
     "docs/models.md": "torch",
