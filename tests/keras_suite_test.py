@@ -7,7 +7,6 @@ import keras
 import pytest
 from harness import Harness
 from keras.src import layers
-from one_backend import only_on
 
 from keras_dcft import DCFTDense, DCFTEinsumDense
 
@@ -18,9 +17,8 @@ dense_test, einsum_dense_test = (
     for name in ("dense_test", "einsum_dense_test")
 )
 
-# Keras's float8 does not train in TensorFlow's eager mode. On JAX, where each of these small layers
-# is compiled, our own suite of the kind, harness_test.py, is enough.
-pytestmark = [pytest.mark.compiled, only_on("torch", "tensorflow")]
+# Keras's float8 does not train in TensorFlow's eager mode.
+pytestmark = pytest.mark.compiled
 
 
 @keras.saving.register_keras_serializable("keras_dcft_tests")
