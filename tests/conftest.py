@@ -114,13 +114,13 @@ def run_python():
     """
 
     import keras
+    from workers import virtual_devices
 
     def run(program, backend=None, *arguments, devices=1):
         backend = backend or keras.backend.backend()
         environment = {"KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT / "tests")}
         if backend == "jax":
-            flag = f"--xla_force_host_platform_device_count={devices}"
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+            environment |= virtual_devices(devices)
         result = subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)],
             env={**os.environ, **environment},

@@ -1,11 +1,10 @@
 """A training on several devices that is killed goes on where it was."""
 
 import json
-import os
 
 import keras
 import pytest
-from workers import run_workers
+from workers import run_workers, virtual_devices
 
 from keras_dcft import read_dcft_notes
 
@@ -15,9 +14,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def train(folder, *dying):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environments, killed = [{"XLA_FLAGS": flags}], 0 if dying else None
-    run_workers("killed_training_program", environments, folder, *dying, killed=killed)
+    killed = 0 if dying else None
+    run_workers("killed_training_program", [virtual_devices(4)], folder, *dying, killed=killed)
 
 
 def test_a_killed_training_has_the_losses_of_an_undisturbed_one(tmp_path):

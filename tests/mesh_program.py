@@ -43,9 +43,9 @@ MODELS = {
     "qwen_moe": ("QwenMoe", {**HEADS, **EXPERTS, "shared_expert_intermediate_dim": 16}),
     "qwen3_moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "head_dim": 8}),
 }
-# Each is trained and merged on one mesh, Gemma on two.
 # One of its layers has a single output.
 KERNEL_SIZES = {"qwen_moe": {"shared_expert_gate_dense": 1, ".*": 4}}
+# Each is trained and merged on one mesh, Gemma on two.
 KINDS = {
     "8": ["gemma"],
     "2x4": ["gemma", "llama", "qwen3_moe"],

@@ -38,7 +38,7 @@ from tools import (
     vectors,
     writes_transformers,
 )
-from workers import free_ports
+from workers import free_ports, virtual_devices
 
 import keras_dcft
 from keras_dcft import enable_dcft, export_to_peft, save_dcft_weights
@@ -444,10 +444,9 @@ def test_snippets_on_this_backends_devices_run(local, monkeypatch, run_python):
     """Sections of the page on devices begin with the name of their backend."""
     if BACKEND == "jax" and len(keras.distribution.list_devices()) < 8:
         test = f"{__file__}::{test_snippets_on_this_backends_devices_run.__name__}"
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         result = subprocess.run(
             [sys.executable, "-m", "pytest", test, f"--rootdir={ROOT}"],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={**os.environ, **virtual_devices(8)},
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -30,6 +30,12 @@ def free_ports(number):
             one.close()
 
 
+def virtual_devices(number) -> dict:
+    """The environment of a process in which JAX has this many CPUs."""
+    flag = f"--xla_force_host_platform_device_count={number}"
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+
+
 def run_workers(program, environments, folder, *arguments, killed=None):
     """Runs a program in one process for each environment, and waits for all.
 
@@ -70,10 +76,7 @@ def run_program(program, log, *arguments, devices=1) -> str:
         arguments: what it finds in `sys.argv`.
         devices: int, how many virtual devices JAX has there.
     """
-    environment = {}
-    if keras.backend.backend() == "jax":
-        flag = f"--xla_force_host_platform_device_count={devices}"
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    environment = virtual_devices(devices) if keras.backend.backend() == "jax" else {}
     arguments = program, environment, log, *map(str, arguments)
     worker = PROCESSES.Process(target=_run_program, args=arguments)
     try:
