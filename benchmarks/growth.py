@@ -28,6 +28,8 @@ SWEEPS = {
 }
 SUBJECTS = ("one layer", "enabling")
 METHODS = ("floor", "DCFT", "Keras LoRA, rank 1")
+if measuring.BEFORE:
+    METHODS += ("DCFT, earlier version",)
 DECODER = {
     "vocabulary_size": 32000,
     "num_layers": 16,
@@ -82,7 +84,7 @@ def times_of(sizes, rounds) -> dict:
     import keras
     import numpy as np
 
-    from keras_dcft import enable_dcft
+    import keras_dcft
 
     class Offset(keras.layers.Layer):
         def build(self, input_shape):
@@ -96,8 +98,9 @@ def times_of(sizes, rounds) -> dict:
         width = sizes["width"]
         layer = keras.layers.Dense(width)
         model = keras.Sequential([keras.Input((width,)), Offset(), layer])
-        if name == "DCFT":
-            enable_dcft(
+        if name.startswith("DCFT"):
+            package = measuring.package_before() if "earlier" in name else keras_dcft
+            package.enable_dcft(
                 model,
                 kernel_size=sizes["kernel_size"],
                 rank=sizes["rank"],
@@ -182,7 +185,8 @@ def table(results) -> str:
 def draw(results):
     import matplotlib.pyplot as plt
 
-    colors = dict(zip(METHODS, ("black", "tab:blue", "tab:orange")))
+    names = [name for name in results[0]["points"][0] if name not in ("axis", "value")]
+    colors = dict(zip(names, ("black", "tab:blue", "tab:orange", "tab:cyan")))
     swept_axes = list(dict.fromkeys(point["axis"] for point in results[0]["points"]))
     figure, axes = plt.subplots(
         len(results),
@@ -195,7 +199,7 @@ def draw(results):
         for axis, swept in zip(row, swept_axes):
             points = [point for point in run["points"] if point["axis"] == swept]
             values = [point["value"] for point in points]
-            for name in METHODS:
+            for name in names:
                 spreads = [point[name]["milliseconds"] for point in points]
                 axis.plot(
                     values,

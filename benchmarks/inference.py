@@ -56,7 +56,8 @@ def main():
 def measure(subject, rounds) -> dict:
     measuring.load_beside_others()
     make = make_generator if subject == "generate" else make_predictor
-    variants = {name: make(subject, name) for name in ("base", "merged", "adapted")}
+    before = ("adapted, earlier version",) if measuring.BEFORE else ()
+    variants = {name: make(subject, name) for name in ("base", "merged", "adapted", *before)}
     result = {
         **conditions(subject),
         "arguments": None if subject == "generate" else arguments_of(subject),
@@ -75,15 +76,16 @@ def make_variant(model, name):
     """The model itself, or adapted with random adapters, or merged after that."""
     import numpy as np
 
-    from keras_dcft import enable_dcft, merge_dcft
+    import keras_dcft
 
     if name == "base":
         return model
-    enable_dcft(model, kernel_size=8)
+    package = measuring.package_before() if "earlier" in name else keras_dcft
+    package.enable_dcft(model, kernel_size=8)
     for variable in model.trainable_variables:
         if "dcft" in variable.name:
             variable.assign(0.05 * np.random.default_rng(0).normal(size=variable.shape))
-    return model if name == "adapted" else merge_dcft(model)
+    return package.merge_dcft(model) if name == "merged" else model
 
 
 def make_predictor(subject, name):
@@ -122,16 +124,20 @@ def make_generator(subject, name):
 
 def table(results) -> str:
     rows = [
-        "| | backend | device | base | merged / base | adapted / base | tokens per second: base, "
-        "merged, adapted |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| | backend | device | base | merged / base | adapted / base | earlier version / base "
+        "| tokens per second: base, merged, adapted |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for run in results:
-        ratios = (run["ratio to base"][name] for name in ("merged", "adapted"))
+        ratios = [
+            run["ratio to base"].get(name)
+            for name in ("merged", "adapted", "adapted, earlier version")
+        ]
         told = (
-            f"{r['median']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" for r in ratios
+            f"{r['median']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" if r else ""
+            for r in ratios
         )
-        tokens = ", ".join(f"{x:.0f}" for x in run.get("tokens per second", {}).values())
+        tokens = ", ".join(f"{x:.0f}" for x in list(run.get("tokens per second", {}).values())[:3])
         batch_and_tokens = (
             f"GPT-2, 6 layers of 512, {BATCH} x {PROMPT} + {GENERATED}"
             if run["model"] == "generate"

@@ -5,7 +5,8 @@ settings (`QUICK`), and what it writes goes to that folder, as if it was the pro
 (`make benchmarks-quick`).
 
 Several programs may run at once where `BENCHMARKS_LOCK` names a file: they load and compile beside
-each other, and each times alone.
+each other, and each times alone. Where `BENCHMARKS_BEFORE` names a checkout of an earlier version,
+its DCFT takes turns beside today's in `training_step.py`, `inference.py` and `growth.py`.
 """
 
 import fcntl
@@ -31,6 +32,7 @@ WRITTEN = Path(os.environ.get("BENCHMARKS_QUICK", ROOT))
 RESULTS = WRITTEN / "benchmarks" / "results"
 DOCS = WRITTEN / "docs"
 BACKENDS = ("tensorflow", "jax", "torch")
+BEFORE = os.environ.get("BENCHMARKS_BEFORE")
 
 
 # --- turns and spreads ---
@@ -104,6 +106,22 @@ def _lock(kind):
 @functools.cache
 def _lock_file(path) -> int:
     return os.open(path, os.O_CREAT | os.O_RDWR)  # held until the process ends
+
+
+# --- versions of the package ---
+
+
+@functools.cache
+def package_before():
+    """The package as the earlier checkout has it, under a name of its own: `keras_dcft_before`."""
+    folder = Path(tempfile.mkdtemp())
+    source = Path(BEFORE) / "keras_dcft"
+    for file in source.rglob("*.py"):
+        copy = folder / "keras_dcft_before" / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text().replace("keras_dcft", "keras_dcft_before"))
+    sys.path.append(str(folder))
+    return importlib.import_module("keras_dcft_before")
 
 
 # --- the machine ---

@@ -70,6 +70,7 @@ DCFT = {
     for d, r in ((2, 1), (8, 1), (16, 1), (2, 4), (8, 4), (16, 4))
 }
 MAIN = "DCFT, kernel size 8, rank 1"
+BEFORE = f"{MAIN}, earlier version"
 FULL_INCREMENT = "DCFT 8, full increment"
 LORA = {f"Keras LoRA, rank {rank}": rank for rank in (1, 8)}
 # Keras changes classes while a model is made.
@@ -135,7 +136,8 @@ def add_memory(result, options):
 
 
 def methods_of(backend):
-    return (*METHODS, PEFT, HF_FLOOR) if backend == "torch" else METHODS
+    before = (BEFORE,) if measuring.BEFORE else ()
+    return (*METHODS, *before, *((PEFT, HF_FLOOR) if backend == "torch" else ()))
 
 
 # What a worker does.
@@ -148,7 +150,7 @@ def times(model, options) -> dict:
     seconds = measuring.take_turns(steps, options.rounds)
     for method, measured in methods.items():
         measured["milliseconds"] = measuring.milliseconds(seconds[method])
-        for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, PEFT, HF_FLOOR):
+        for other in (FLOOR, "Keras LoRA, rank 1", FULL_INCREMENT, BEFORE, PEFT, HF_FLOOR):
             if other in seconds:
                 ratio = measuring.ratio(seconds[method], seconds[other])
                 measured[f"ratio to {other}"] = ratio
@@ -312,6 +314,8 @@ def apply_method(task, method):
             variable.trainable = variable is query.bias
     elif method in DCFT:
         enable_dcft(task, **DCFT[method])
+    elif method == BEFORE:
+        measuring.package_before().enable_dcft(task, **DCFT[MAIN])
     elif method == FULL_INCREMENT:
         enable_dcft(task, kernel_size=8)
         for layer in task.backbone._flatten_layers():
@@ -440,7 +444,7 @@ def draw(results, path):
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((run["model"], run["device"]) for run in results))
-    methods = (*METHODS, PEFT, HF_FLOOR)
+    methods = (*METHODS, BEFORE, PEFT, HF_FLOOR)
     figure, axes = plt.subplots(
         1,
         len(panels),
