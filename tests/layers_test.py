@@ -482,3 +482,37 @@ def test_the_tape_does_not_follow_the_frozen_kernel(layer_and_inputs):
     with tf.GradientTape() as tape:
         loss = ops.sum(layer(inputs))
     assert tape.gradient(loss, layer._kernel.value) is None
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends compute in graphs as eagerly")
+@pytest.mark.parametrize("knows_the_batch", [True, False])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_graphs_compute_what_eager_execution_does(rng, equation, knows_the_batch):
+    import tensorflow as tf
+
+    plain = equation.replace("...", "Z")
+    inputs, rest = plain.split(",")
+    outputs = rest.split("->")[1]
+    size = {axis: 3 + number for number, axis in enumerate(sorted(set(plain) - set(",->")))}
+    given_shape = [size[c] for c in equation.split("->")[1].replace("...", "")]
+    given_shape = given_shape if equation.startswith("...") else given_shape[1:]
+    layer = DCFTEinsumDense(equation, tuple(given_shape), kernel_size=2, rank=2, **NOT_DRAWN)
+    x = rng.normal(size=[size[c] for c in inputs]).astype("float32")
+    layer.build(x.shape)
+    for variable in layer.variables:
+        variable.assign(rng.normal(size=variable.shape))
+    cotangent = rng.normal(size=[size[c] for c in outputs]).astype("float32")
+
+    def step(x):
+        sources = [x, *(v.value for v in layer.trainable_variables)]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x)
+            loss = ops.sum(outputs * cotangent)
+        return [outputs, *tape.gradient(loss, sources)]
+
+    batch = len(x) if knows_the_batch else None
+    in_graph = tf.function(step, input_signature=[tf.TensorSpec([batch, *x.shape[1:]])])
+    for found, expected in zip(in_graph(tf.constant(x)), step(tf.constant(x))):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
