@@ -321,7 +321,8 @@ def apply_method(task, method):
         for layer in task.backbone._flatten_layers():
             if hasattr(layer, "dcft_increment"):
                 layer._dcft_product = product_with_increment.__get__(layer)
-                layer._dcft_increment_product = nothing
+                layer._dcft_increment_product = no_increment
+                layer._dcft_fused_product = no_product  # on PyTorch
     elif method in LORA:
         enable_keras_lora(task.backbone, LORA[method])
     elif method == "head only":
@@ -336,8 +337,12 @@ def product_with_increment(layer, inputs, kernel):
     return type(layer)._dcft_product(layer, inputs, kernel + increment)
 
 
-def nothing(inputs):
+def no_increment(inputs):
     return 0.0
+
+
+def no_product(inputs):
+    return None
 
 
 class HuggingFaceStep:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from one_backend import only_on
+from tools import TEXTS, bert_classifier, predict, randomize_adapters
 from workers import free_ports, run_workers
 
 from keras_dcft import enable_dcft, save_dcft_weights
@@ -20,6 +21,7 @@ from keras_dcft import enable_dcft, save_dcft_weights
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measuring
+import training_step
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
@@ -83,6 +85,16 @@ def test_training_step(run, tmp_path):
     trained = result["methods"][DCFT]["trainable_parameters"]
     assert row_of(printed, DCFT)[3] == f"{trained:,}"
     assert (tmp_path / "docs" / "training_step.png").stat().st_size
+
+
+def test_the_full_increment_computes_what_dcft_does():
+    tasks = [bert_classifier(), bert_classifier()]
+    for task, method in zip(tasks, (DCFT, training_step.FULL_INCREMENT)):
+        training_step.apply_method(task, method)
+    randomize_adapters(tasks[0])
+    tasks[1].set_weights(tasks[0].get_weights())
+    expected, found = (predict(task, TEXTS) for task in tasks)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @only_on("torch")
