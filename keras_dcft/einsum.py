@@ -26,6 +26,11 @@ class EinsumAxes:
     output_equation: str
     is_rows_product: bool
 
+    @property
+    def is_matrix_product(self) -> bool:
+        """Whether the kernel is such a matrix too, but for reshaping."""
+        return self.is_rows_product and self.kernel == self.contracted + self.outputs
+
     def sizes(self, kernel_shape) -> tuple[list, list]:
         """Sizes of the contracted and of the output axes of a kernel of this shape."""
         size = dict(zip(self.kernel, kernel_shape))

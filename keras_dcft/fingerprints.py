@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_dcft import keras_internals
 from keras_dcft.einsum import einsum_axes
-from keras_dcft.reclassing import dcft_class, weight_shape_of
+from keras_dcft.reclassing import dcft_class, matrix_shape_of, weight_of, weight_shape_of
 
 SIZE = 8
 # Of an embedding, whose vocabulary may have been resized.
@@ -26,13 +26,18 @@ def fingerprint(layer) -> list:
     little, another weight of the same statistics changes them as much as chance can.
     """
     base = dcft_class(type(layer)).dcft_base_class
-    view = keras_internals.view_as(layer, base)
-    for name in ("bias", "activation"):
-        vars(view)[name] = None
-    # By `__call__` where that casts the weights; it takes as long as the product itself.
-    is_cast = layer.compute_dtype != layer.variable_dtype or layer.quantization_mode is not None
-    outputs = (view if is_cast else view.call)(_inputs(layer))
-    outputs = keras_internals.as_array(ops.cast(outputs, "float32")).astype("float64")
+    matrix = _matrix_in_place(layer)
+    if matrix is not None:
+        outputs = _signs(1, len(matrix)).astype("float32") @ matrix
+    else:
+        view = keras_internals.view_as(layer, base)
+        for name in ("bias", "activation"):
+            vars(view)[name] = None
+        # By `__call__` where that casts the weights; it takes as long as the product itself.
+        is_cast = layer.compute_dtype != layer.variable_dtype or layer.quantization_mode is not None
+        outputs = (view if is_cast else view.call)(_inputs(layer))
+        outputs = keras_internals.as_array(ops.cast(outputs, "float32"))
+    outputs = outputs.astype("float64")
     if issubclass(base, keras.layers.Embedding):
         outputs = _signs(1, len(outputs)) @ outputs
     outputs = outputs.ravel()
@@ -45,6 +50,22 @@ def differs(found: list, expected: list) -> bool:
     """Whether two fingerprints are of different weights."""
     difference = np.subtract(found, expected)
     return not np.sqrt(np.mean(difference**2)) < TOLERANCE
+
+
+def _matrix_in_place(layer):
+    """The weight as a matrix by which the layer multiplies, if NumPy can read it where it lies.
+
+    That takes a fraction of the time of calling the layer, by which other weights are read.
+    """
+    if isinstance(layer, keras.layers.Embedding) or layer.quantization_mode is not None:
+        return None
+    if (layer.compute_dtype, layer.variable_dtype) != ("float32", "float32"):
+        return None
+    equation = getattr(layer, "equation", None)
+    if equation is not None and not einsum_axes(equation).is_matrix_product:
+        return None
+    weights = keras_internals.array_in_place(weight_of(layer))
+    return None if weights is None else weights.reshape(matrix_shape_of(layer))
 
 
 def _inputs(layer):

@@ -10,6 +10,7 @@ import gc
 import itertools
 
 import keras
+import numpy as np
 from keras import ops
 from keras.src.backend import distribution_lib
 from keras.src.backend.common import global_state, masking, stateless_scope
@@ -223,6 +224,19 @@ def as_array(value):
         whole = type(sharding)(sharding.mesh, type(sharding.spec)())
         tensor = keras.distribution.distribute_tensor(tensor, whole)
     return ops.convert_to_numpy(tensor).copy()
+
+
+def array_in_place(variable):
+    """A variable as a NumPy array for a look, or None where it lies on another device than a CPU.
+
+    Where the backend can, it is not copied. Keras does not tell where a tensor lies.
+    """
+    tensor = ops.convert_to_tensor(variable.value)
+    devices = tensor.devices() if keras.config.backend() == "jax" else {str(tensor.device)}
+    is_distributed = hasattr(tensor, "placements")  # a `DTensor` of PyTorch's
+    if is_distributed or len(devices) != 1 or "cpu" not in str(*devices).lower():
+        return None
+    return np.asarray(tensor.detach() if keras.config.backend() == "torch" else tensor)
 
 
 def is_first_process() -> bool:

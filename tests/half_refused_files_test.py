@@ -20,6 +20,8 @@ from tools import (
 from keras_dcft import (
     DCFTDense,
     enable_dcft,
+    fingerprints,
+    keras_internals,
     load_dcft_weights,
     merge_dcft,
     remove_dcft,
@@ -85,6 +87,16 @@ def kernels(dtype="float32"):
     x = keras.layers.EinsumDense("ab,bcd->acd", (4, 16), dtype=dtype, bias_axes="cd")(x)
     x = keras.layers.EinsumDense("acd,cde->ae", 40, dtype=dtype)(x)
     return keras.Model(inputs, x)
+
+
+def test_fingerprints_are_the_same_read_in_place_and_by_calling_the_layer(monkeypatch):
+    layers = kernels().layers[1:]
+    for layer in layers:
+        array = keras_internals.array_in_place(layer._kernel)
+        np.testing.assert_array_equal(array, values([layer._kernel])[0])
+    in_place = [fingerprint(layer) for layer in layers]
+    monkeypatch.setattr(fingerprints.keras_internals, "array_in_place", lambda variable: None)
+    np.testing.assert_allclose([fingerprint(layer) for layer in layers], in_place, atol=2e-4)
 
 
 @pytest.mark.parametrize("change", ["bfloat16", "float16", "int8", "int4", "float8"])

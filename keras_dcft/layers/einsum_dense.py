@@ -93,8 +93,7 @@ class DCFTEinsumDense(DCFTKernel, keras.layers.EinsumDense):
 
     @property
     def _dcft_is_matrix(self):
-        axes = einsum_axes(self.equation)
-        return axes.is_rows_product and axes.kernel == axes.contracted + axes.outputs
+        return einsum_axes(self.equation).is_matrix_product
 
     def _dcft_product(self, inputs, kernel):
         is_in_graph = keras.config.backend() == "tensorflow" and not hasattr(inputs, "numpy")
