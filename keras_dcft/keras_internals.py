@@ -236,7 +236,10 @@ def array_in_place(variable):
     is_distributed = hasattr(tensor, "placements")  # a `DTensor` of PyTorch's
     if is_distributed or len(devices) != 1 or "cpu" not in str(*devices).lower():
         return None
-    return np.asarray(tensor.detach() if keras.config.backend() == "torch" else tensor)
+    if keras.config.backend() == "torch":
+        # Not as `tensor.numpy()`, after which its storage cannot be resized: FSDP does that.
+        return np.from_dlpack(tensor.detach())
+    return np.asarray(tensor)
 
 
 def is_first_process() -> bool:
