@@ -19,7 +19,7 @@ import profile_step
 import traffic
 import training_step
 from measuring import BACKENDS, lines_of
-from training_step import FLOOR, FULL_INCREMENT, MAIN, PEFT
+from training_step import BEFORE, FLOOR, FULL_INCREMENT, MAIN, PEFT
 
 PAGE = measuring.DOCS / "performance.md"
 LORA = "Keras LoRA, rank 1"
@@ -40,14 +40,17 @@ TARGETS_BEYOND_FLOOR = [
 PAGE_TEXT = """# Performance
 
 Made by `benchmarks/performance.py` from `benchmarks/results/`. The *floor* is the cheapest step
-that any adapter on every layer can have: all is frozen but one bias in the first block, so that the
-backward pass runs through the whole model and forms no other weight gradient. "DCFT 8, full
-increment" forms base plus increment at every call, as the authors' code does.
+that an adapter on every layer can have which leaves the base layers' products to Keras: all is
+frozen but one bias in the first block, so that the backward pass runs through the whole model and
+forms no other weight gradient. "DCFT 8, full increment" forms base plus increment at every call, as
+the authors' code does.
 
 Within a run all methods take turns, round by round, so that the machine's drift hits all alike; a
 ratio is the median over rounds of the quotient of two steps of one round, its quartiles in
 parentheses. First steps (tracing, compiling) and peak memory come from a process for each method,
-two of them at a time.
+one at a time. On the day of these runs, 2026-11-29, the two cores were about half as fast as on
+2026-11-24: what is not a ratio, as enabling and loading, is to be compared within a day only. At
+base width on PyTorch the full increment is of a run beside the floor and DCFT alone.
 
 ## Aims
 
@@ -61,13 +64,21 @@ two of them at a time.
 
 {training}
 
+### An earlier version beside
+
+"Earlier version" is the package of 2026-11-27, before commit 42a1dfc, in the same runs
+(`BENCHMARKS_BEFORE`), both with kernel size 8 and rank 1.
+
+{before}
+
 ### Profile
 
 Milliseconds of a step, or of a prediction, by kind of operation (`benchmarks/profile_step.py`), on
 one core, so that the parts add up; "Python, calls" is what is left, on PyTorch with the profiler's
 own work, and below zero where two threads shared the core. Thin products have a side of 8 or 16.
 Each row is a process of its own, one after the other: a few percent between rows are noise, and the
-ratios to go by are those above.
+ratios to go by are those above. It is of 2026-11-24, before the changes that the earlier version
+stands beside.
 
 {profile}
 
@@ -117,38 +128,41 @@ REASONS = """Why the missed ones are missed, by the profile below:
   of that of Keras's LoRA. The aims were 0.60 and 0.80 once, but the floor itself is
   {floor_of_full} of the one,
   {floor_of_lora} of the other,
-  and no adapter on all layers can be below it. So now they are shares of what those two take beyond
-  the floor. At base width the thin products take
+  and what leaves the base layers' products to Keras cannot be below it. So now they are shares of
+  what those two take beyond the floor. At base width the thin products take
   {thin_above}
   of a step's milliseconds on one core, where DCFT is {one_core_lora}
-  of LoRA. A second core speeds up TensorFlow's floor by {speedup_floor}, LoRA by {speedup_lora},
-  DCFT by {speedup_dcft}: products with 8 columns have less for it to do.
+  of LoRA.
 - **PyTorch.** Keras's own floor is {floor_of_peft} of a whole step of Hugging Face's LoRA, whose
-  `transformers` model is the faster code, so what is left for adapters of 25 layers is little. Of
-  what a MiniLM step takes beyond the floor, about half are products with 16 columns or rows, which
-  MKL runs at about 40 % of the speed of square ones, and half the 220 small operations that expand
-  and update the factors, and Python. Tried and kept: in-place sums, factors padded to 16 columns
-  before they are expanded, no cut where nothing is cut off. Tried without gain: the bias as a row
-  of the output factor, products of 8 or 32 columns. At base width all that DCFT takes beyond the
-  floor on one core are thin products: {beyond_torch}.
-  An earlier run, in which the floor's other operations took 1158 ms and its products 2808, had the
-  thin ones at 293, and noise of -178 in the other operations, so that DCFT came out 70 ms above the
-  floor. Thin products double with the other operations from run to run and the products do not, as
-  what waits for memory does: they read and write whole activations for few multiplications. On one
-  core DCFT is {one_core_floor} of the floor and {one_core_peft} of PEFT's step; what the second
-  core adds to these ratios was not profiled.
-- **JAX at 1.10 and 1.20.** Both aims lie within the quartiles. On MiniLM all that DCFT takes beyond
-  the floor are thin products, and with 2 columns instead of 8 (kernel size 2) it is {two_columns},
-  no less than the noise: what counts is that there are two more products for each layer, each a
-  pass over the activations. Tried without gain: the second product as a sum of broadcasts, which
-  has no product at all and is slower by half, and A, then the filter, as two contractions instead
-  of one.
-- **MiniLM's memory on TensorFlow.** The {more_memory:.0f} MB above LoRA's do not come from the
-  batch: with one text in it instead of 16 they were 56 MB, and 9 MB with 16 in the same turn. It is
-  the traced graph, and varies from turn to turn.
-- **Enabling.** It makes three variables for each of 112 layers. On JAX the added memory varies: it
-  was 0.9 to 1.7 % in four runs, what XLA's compiler keeps of drawing the first values. The second
-  time in a process it is {enabled_again:.2f} %.
+  `transformers` model is the faster code, so what is left for adapters of 25 layers is little.
+  Tried and kept: base, bias and increment in one product, with sums and gradients in place
+  (`fused.py`), factors padded to 16 columns before they are expanded, no cut where nothing is cut
+  off. Tried without gain: the bias as a row of the output factor, products of 8 or 32 columns.
+- **TensorFlow below the floor.** In graphs an adapted `EinsumDense` multiplies all rows at once.
+  Keras's einsum on TensorFlow does so for each row of the batch by itself: a query layer of MiniLM
+  takes 20.3 ms for 16 x 64 tokens, forward and backward, in one product 7.4 ms (two cores,
+  2026-11-29). The floor's layers, and LoRA's, are Keras's own and could gain as much. Run eagerly
+  the layers compute as Keras's do, since only there is the start equal to the base model to the
+  last bit.
+- **JAX.** All that DCFT takes beyond the floor are thin products, two more for each layer, each a
+  pass over the activations. MiniLM's aim lies within the quartiles. Kept: the input factor is
+  expanded by its transpose, whose gradient is a matrix of few long rows, not of many short ones.
+  For 2,048 rows and a layer of 3,072 by 768, XLA takes 5.9 ms for all gradients of that product
+  instead of 19.0, for 1,024 rows and 384 by 384 0.5 ms instead of 1.3; MiniLM's whole step is 0.98
+  (0.90 to 1.04 in 45 turns) of what it was. Tried without gain, MiniLM's step beside that: base
+  plus increment formed once for each step, with the factors' gradients by thin products (0.97 with
+  quartiles of 0.89 and 1.08, on TensorFlow 0.99); B's gradient in a view of rows, blocks and
+  positions by `custom_gradient` (1.05 and 1.00; that gradient alone takes 0.3 ms instead of 0.7);
+  one `custom_gradient` for both thin products (1.02 on TensorFlow, 0.97 at base width); A's and the
+  filter's gradients in such a view, without D's (alone 1.6 to 2.3 times as long); the second
+  product as a sum of broadcasts, which has no product at all and is slower by half; A, then the
+  filter, as two contractions. Not tried: factors in bfloat16, which would not be exact, and one
+  read of the inputs for query, key and value, since layers do not know of each other.
+- **Enabling.** It makes three variables for each of 112 layers. In a profile on TensorFlow 64 % of
+  the time is in Keras's `add_weight`, 2 ms a variable, 16 % in finding the models that hold the
+  layers. The code is that of 2026-11-24, when it took 0.68 s on TensorFlow, 1.71 on JAX, 0.57 on
+  PyTorch. On JAX the added memory is what XLA's compiler keeps of drawing the first values (0.8 to
+  1.7 % in five runs). The second time in a process it is {enabled_again:.2f} %.
 - **Unmerged inference.** The base products take as long as in the base model, and the thin ones
   come on top: {thin_in_predict}
   of MiniLM's milliseconds on one core. Eight columns are 4 % of the multiplications of a layer 384
@@ -157,13 +171,14 @@ REASONS = """Why the missed ones are missed, by the profile below:
   them, and on PyTorch each of those small operations is a call of its own, which is most of what
   adapters cost there. On TensorFlow the same shows, but smaller. Beyond the base:
   {beyond_generate}.
-  Twice more on the same day: thin products +29 and +29, other operations +31 and +54, Python +42
-  and +43. The products are the same in both models, and their -6 to +64 noise; in one earlier run,
-  beside other work, noise made the adapted model the faster one. Merging costs nothing. The profile
-  is of before `generate` made the factors once, ahead of the first token.
-- **Loading an adapter file.** The comparison of the file's base with the model's computes each of
-  37 adapted layers once. In a profile on PyTorch that was half of the time; the rest walks the
-  model, reads the file and assigns 115 variables. On TensorFlow nothing was profiled.
+  The products are the same in both models, and their difference noise. Since then, on TensorFlow
+  and JAX, `generate` makes the factors once, ahead of the first token. A merged model has the base
+  model's layers, and how far it is from 1 here is how far noise goes.
+- **Loading an adapter file.** In a profile on TensorFlow 42 % is the comparison of the file's base
+  with the model's, which reads each of 37 adapted weights once, 85 MB; 30 % assigns 115 variables,
+  one after the other, 7 to 14 % walks the model. Within one night reading the weights where they
+  lie, where that can be, took it from 130 to 107 ms (TensorFlow), 88 to 62 (JAX), 64 to 46
+  (PyTorch).
 """
 
 
@@ -188,26 +203,19 @@ def main():
                 dcft_of_lora=shares(steps, MAIN, LORA),
                 floor_of_lora=shares(steps, FLOOR, LORA),
                 floor_of_peft=shares(steps, FLOOR, PEFT),
-                two_columns=two_columns(steps),
-                more_memory=more_memory(steps),
                 thin_above=thin_share(profiled, "base, training step", MAIN),
                 thin_in_predict=thin_share(profiled, "minilm, predict", "adapted"),
                 one_core_lora=by_backend(
                     f"{one_core(run, MAIN) / one_core(run, LORA):.2f}"
                     for run in profiles_of(profiled, "base, training step")
                 ),
-                beyond_torch=beyond(profiled, "base, training step", "torch", MAIN, FLOOR),
                 beyond_generate=beyond(
                     profiled, "generate, predict", "tensorflow", "adapted", "base"
                 ),
-                one_core_peft=one_core_ratio(profiled, MAIN, PEFT),
-                one_core_floor=one_core_ratio(profiled, MAIN, FLOOR),
                 enabled_again=enabled_again(enabled),
-                speedup_floor=speedup(steps, profiled, FLOOR),
-                speedup_lora=speedup(steps, profiled, LORA),
-                speedup_dcft=speedup(steps, profiled, MAIN),
             ),
             training=training_step.table(steps),
+            before=before_table(steps, predicted),
             profile=profile_step.table(profiled),
             inference=inference.table(predicted),
             growth=growth_table(swept),
@@ -235,7 +243,9 @@ def target_table(steps, predicted, enabled, swaps) -> str:
             )
     for model in ("base", "minilm"):
         for run in cpu_runs(steps, model):
-            ours, lora = (run["methods"][m]["peak_memory_bytes"] for m in (MAIN, LORA))
+            ours, lora = (run["methods"][m].get("peak_memory_bytes") for m in (MAIN, LORA))
+            if ours is None or lora is None:
+                continue
             ratio = {"median": ours / lora}
             what = f"{model}: peak memory, DCFT / {LORA}"
             rows.append(target_row(what, "≤ 1.00", run, ratio, 0, 1))
@@ -256,6 +266,32 @@ def target_table(steps, predicted, enabled, swaps) -> str:
         ratio = {"median": run["median_milliseconds"], "quartiles": [low, high]}
         rows.append(target_row("loading an adapter file, ms", "≤ 20", run, ratio, 0, 20))
     return "\n".join(rows)
+
+
+def before_table(steps, predicted) -> str:
+    """Today's version over the earlier one, of the runs that had both."""
+    rows = ["| | backend | time | first step | peak memory |", "|---|---|---:|---:|---:|"]
+    for run in steps:
+        ratio = run["methods"][MAIN].get(f"ratio to {BEFORE}")
+        if ratio:
+            told = [told_ratio(ratio)]
+            for key, unit, text in (
+                ("first_step_seconds", 1, "{:.1f} s, it was {:.1f}"),
+                ("peak_memory_bytes", 1e6, "{:,.0f} MB, it was {:,.0f}"),
+            ):
+                values = [run["methods"][m].get(key) for m in (MAIN, BEFORE)]
+                told.append("" if None in values else text.format(*(v / unit for v in values)))
+            rows.append(f"| {run['model']}, step | {run['backend']} | {' | '.join(told)} |")
+    for run in predicted:
+        now, before = (run["ratio to base"].get(x) for x in ("adapted", "adapted, earlier version"))
+        if before:
+            told = f"{now['median']:.2f} of the base, it was {before['median']:.2f}"
+            rows.append(f"| {run['model']}, inference | {run['backend']} | {told} | | |")
+    return "\n".join(rows)
+
+
+def told_ratio(ratio) -> str:
+    return "{:.2f} ({:.2f}–{:.2f})".format(ratio["median"], *ratio["quartiles"])
 
 
 def beyond_floor(run, other) -> dict:
@@ -317,19 +353,6 @@ def beyond(profiled, subject, backend, method, other) -> str:
     return f"{more['all']:+.0f} ms, of which {', '.join(told)}"
 
 
-def one_core_ratio(profiled, method, other) -> str:
-    """At base width on PyTorch."""
-    run = profiles_of(profiled, "base, training step")[BACKENDS.index("torch")]
-    return f"{one_core(run, method) / one_core(run, other):.2f}"
-
-
-def speedup(steps, profiled, method) -> str:
-    """What a second core gives at base width on TensorFlow."""
-    two = next(run for run in cpu_runs(steps, "base") if run["backend"] == "tensorflow")
-    one = profiles_of(profiled, "base, training step")[0]
-    return f"{one_core(one, method) / two['methods'][method]['milliseconds']['median']:.2f}"
-
-
 def growth_table(grown) -> str:
     backends = [run["backend"] for run in grown]
     rows = [f"| swept | cost | {' | '.join(backends)} |", "|---|---:|" + "---:|" * len(backends)]
@@ -346,18 +369,6 @@ def growth_table(grown) -> str:
         swept = f"{axis.replace('_', ' ')}, {values[0]} to {values[-1]}"
         rows.append(f"| {swept} | x {values[-1] // values[0]} | {' | '.join(told)} |")
     return "\n".join(rows)
-
-
-def two_columns(steps) -> str:
-    run = next(run for run in cpu_runs(steps, "minilm") if run["backend"] == "jax")
-    ratio = run["methods"]["DCFT, kernel size 2, rank 1"][f"ratio to {FLOOR}"]
-    return f"{ratio['median']:.2f}"
-
-
-def more_memory(steps) -> float:
-    run = next(run for run in cpu_runs(steps, "minilm") if run["backend"] == "tensorflow")
-    ours, lora = (run["methods"][name]["peak_memory_bytes"] for name in (MAIN, LORA))
-    return (ours - lora) / 1e6
 
 
 def enabled_again(enabled) -> float:
