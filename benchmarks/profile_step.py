@@ -159,18 +159,39 @@ def tensorflow_profile(run, folder) -> Counter:
     options = tf.profiler.experimental.ProfilerOptions(python_tracer_level=0)
     with tf.profiler.experimental.Profile(folder, options):
         kinds = Counter({"all": milliseconds_of(run)})
+    spent, products = Counter(), {}
     for event in events(folder):
         # What a thread runs is called `name/in/the/model:Operation`.
         name, _, operation = event.name.rpartition(":")
         if not name or "::" in event.name or event.name.startswith("Eager"):
             continue
-        thin = None
+        product = None
         if "MatMul" in operation or "Einsum" in operation:
-            # The base layers' products are `Tensordot/MatMul` and `einsum/Einsum`.
-            thin = operation.endswith("MatMul") and "Batch" not in operation
-            thin = thin and "Tensordot" not in name and "einsum" not in name
-        kinds[kind_of(thin)] += event.duration_ns / 1e6
+            product = product_of(name)
+            products.setdefault(product[0], set()).add(product[1])
+        spent[product] += event.duration_ns / 1e6
+    for product, milliseconds in spent.items():
+        thin = None if product is None else is_one_of_last_two(product[1], products[product[0]])
+        kinds[kind_of(thin)] += milliseconds
     return kinds
+
+
+def product_of(name) -> tuple[str, str]:
+    """The layer's and the product's own name in that of a TensorFlow operation or its gradient.
+
+    What Keras multiplies as `Tensordot/MatMul` or `einsum/Einsum` has no name of its own.
+    """
+    name = name.replace("gradient_tape/", "").replace("ArithmeticOptimizer/", "")
+    found = re.match(r"(.*?)/(?:FoldTransposeInto)?(?:MatMul_)?(MatMul(?:_\d+)?)(?:/|$)", name)
+    if not found or "Tensordot" in name or "einsum/" in name:
+        return name, ""
+    return found.groups()
+
+
+def is_one_of_last_two(product, products) -> bool:
+    """Whether a product is thin: an adapted layer multiplies with its two factors last."""
+    numbered = sorted(products - {""}, key=lambda one: int(one.partition("_")[2] or 0))
+    return len(numbered) > 1 and product in numbered[-2:]
 
 
 def events(folder):

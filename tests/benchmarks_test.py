@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -160,6 +161,35 @@ def test_profile_step(run, tmp_path):
     assert floor["products"] > 0
     assert dcft["thin products"] > floor["thin products"]
     assert row_of(run("profile_step", "--report"), f"base, training step | torch | {DCFT}")
+
+
+@only_on("tensorflow")
+def test_thin_products_are_known_by_their_names_in_tensorflow():
+    import profile_step
+    import tensorflow as tf
+
+    inputs = keras.Input((6, 48))
+    x = keras.layers.EinsumDense("abc,cde->abde", (None, 4, 12), name="query")(inputs)
+    x = keras.layers.Dense(48, name="dense")(keras.layers.Reshape((6, 48))(x))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x[:, 0]))
+    enable_dcft(model, kernel_size=8, trainable_layers="head")
+
+    @tf.function
+    def gradients(inputs):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(inputs, training=True))
+        return tape.gradient(loss, model.trainable_variables)
+
+    graph = gradients.get_concrete_function(tf.zeros((5, 6, 48))).graph
+    operations = [operation for operation in graph.get_operations() if "MatMul" in operation.type]
+    products = [profile_step.product_of(operation.name) for operation in operations]
+    found = [
+        profile_step.is_one_of_last_two(name, {n for where, n in products if where == layer})
+        for layer, name in products
+    ]
+    shapes = [[tuple(x.shape) for x in (*o.inputs, *o.outputs)] for o in operations]
+    assert found == [profile_step.is_thin(one) for one in shapes]
+    assert (sum(found), len(found)) == (11, 17)
 
 
 @only_on("torch")
