@@ -39,11 +39,11 @@ def test_the_readme_has_its_figures():
     }
     dcft, lora = "DCFT, kernel size 8, rank 1", "Keras LoRA, rank 1"
     of_dcft, of_lora = (
-        [ratios[backend, "minilm", "2", method] for backend in ("tensorflow", "jax")]
+        [ratios[backend, "minilm", "2", method] for backend in ("tensorflow", "jax", "torch")]
         for method in (dcft, lora)
     )
-    on_cpu = f"{of_dcft[0]} (TensorFlow) and {of_dcft[1]} (JAX), Keras's LoRA {of_lora[0]} and"
-    assert f"{on_cpu} {of_lora[1]}" in readme
+    on_cpu = "{} (TensorFlow), {} (JAX) and {} (PyTorch), Keras's LoRA".format(*of_dcft)
+    assert f"{on_cpu} {{}}, {{}} and {{}};".format(*of_lora) in readme
     wide = [ratios["torch", "wide", "NVIDIA", method] for method in (dcft, lora)]
     assert f"with PyTorch {wide[0]}, Keras's LoRA {wide[1]}." in readme
     assert f"take {tensorflow} (TensorFlow), {jax} (JAX) and {torch} (PyTorch) times" in readme
