@@ -167,7 +167,7 @@ def tensorflow_profile(run, folder) -> Counter:
             continue
         product = None
         if "MatMul" in operation or "Einsum" in operation:
-            product = product_of(name)
+            product = product_of(name, operation)
             products.setdefault(product[0], set()).add(product[1])
         spent[product] += event.duration_ns / 1e6
     for product, milliseconds in spent.items():
@@ -176,14 +176,15 @@ def tensorflow_profile(run, folder) -> Counter:
     return kinds
 
 
-def product_of(name) -> tuple[str, str]:
+def product_of(name, operation) -> tuple[str, str]:
     """The layer's and the product's own name in that of a TensorFlow operation or its gradient.
 
-    What Keras multiplies as `Tensordot/MatMul` or `einsum/Einsum` has no name of its own.
+    What Keras multiplies as `Tensordot/MatMul` or `einsum/Einsum` has no name of its own, nor have
+    stacks of matrices, as attention multiplies.
     """
     name = name.replace("gradient_tape/", "").replace("ArithmeticOptimizer/", "")
     found = re.match(r"(.*?)/(?:FoldTransposeInto)?(?:MatMul_)?(MatMul(?:_\d+)?)(?:/|$)", name)
-    if not found or "Tensordot" in name or "einsum/" in name:
+    if not found or "Batch" in operation or "Tensordot" in name or "einsum/" in name:
         return name, ""
     return found.groups()
 
