@@ -145,9 +145,9 @@ REASONS = """Why the missed ones are missed, by the profile below:
   2026-11-29). The floor's layers, and LoRA's, are Keras's own and could gain as much. Run eagerly
   the layers compute as Keras's do, since only there is the start equal to the base model to the
   last bit.
-- **JAX.** All that DCFT takes beyond the floor are thin products, two more for each layer, each a
-  pass over the activations. MiniLM's aim lies within the quartiles. Kept: the input factor is
-  expanded by its transpose, whose gradient is a matrix of few long rows, not of many short ones.
+- **JAX.** On MiniLM all that DCFT takes beyond the floor are thin products, two more for each
+  layer, each a pass over the activations. The aim lies within the quartiles. Kept: the input factor
+  is expanded by its transpose, whose gradient is a matrix of few long rows, not of many short ones.
   For 2,048 rows and a layer of 3,072 by 768, XLA takes 5.9 ms for all gradients of that product
   instead of 19.0, for 1,024 rows and 384 by 384 0.5 ms instead of 1.3; MiniLM's whole step is 0.98
   (0.90 to 1.04 in 45 turns) of what it was. Tried without gain, MiniLM's step beside that: base
@@ -159,11 +159,12 @@ REASONS = """Why the missed ones are missed, by the profile below:
   product as a sum of broadcasts, which has no product at all and is slower by half; A, then the
   filter, as two contractions. Not tried: factors in bfloat16, which would not be exact, and one
   read of the inputs for query, key and value, since layers do not know of each other.
-- **Enabling.** It makes three variables for each of 112 layers. In a profile on TensorFlow 64 % of
-  the time is in Keras's `add_weight`, 2 ms a variable, 16 % in finding the models that hold the
-  layers. The code is that of 2026-11-24, when it took 0.68 s on TensorFlow, 1.71 on JAX, 0.57 on
-  PyTorch. On JAX the added memory is what XLA's compiler keeps of drawing the first values (0.8 to
-  1.7 % in five runs). The second time in a process it is {enabled_again:.2f} %.
+- **Enabling.** It makes three variables for each of 112 layers. In a profile on TensorFlow, of as
+  many layers of an eighth of the width, 64 % of the time is in Keras's `add_weight`, 2 ms a
+  variable, 16 % in finding the models that hold the layers. The code is that of 2026-11-24, when it
+  took 0.68 s on TensorFlow, 1.71 on JAX, 0.57 on PyTorch. On JAX the added memory is what XLA's
+  compiler keeps of drawing the first values (0.8 to 1.7 % in five runs). The second time in a
+  process it is {enabled_again:.2f} %.
 - **Unmerged inference.** The base products take as long as in the base model, and the thin ones
   come on top: {thin_in_predict}
   of MiniLM's milliseconds on one core. Eight columns are 4 % of the multiplications of a layer 384
@@ -245,9 +246,7 @@ def target_table(steps, predicted, enabled, swaps) -> str:
             )
     for model in ("base", "minilm"):
         for run in cpu_runs(steps, model):
-            ours, lora = (run["methods"][m].get("peak_memory_bytes") for m in (MAIN, LORA))
-            if ours is None or lora is None:
-                continue
+            ours, lora = (run["methods"][m]["peak_memory_bytes"] for m in (MAIN, LORA))
             ratio = {"median": ours / lora}
             what = f"{model}: peak memory, DCFT / {LORA}"
             rows.append(target_row(what, "≤ 1.00", run, ratio, 0, 1))
@@ -281,8 +280,8 @@ def before_table(steps, predicted) -> str:
                 ("first_step_seconds", 1, "{:.1f} s, it was {:.1f}"),
                 ("peak_memory_bytes", 1e6, "{:,.0f} MB, it was {:,.0f}"),
             ):
-                values = [run["methods"][m].get(key) for m in (MAIN, BEFORE)]
-                told.append("" if None in values else text.format(*(v / unit for v in values)))
+                values = (run["methods"][m][key] / unit for m in (MAIN, BEFORE))
+                told.append(text.format(*values))
             rows.append(f"| {run['model']}, step | {run['backend']} | {' | '.join(told)} |")
     for run in predicted:
         now, before = (run["ratio to base"].get(x) for x in ("adapted", "adapted, earlier version"))
