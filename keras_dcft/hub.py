@@ -105,6 +105,10 @@ class AdaptedTask(AdaptedBackbone):
         if isinstance(optimizer, str) and optimizer == "auto":
             rates.choose(self)
 
+
+class AdaptedGenerator(AdaptedTask):
+    """Mixin of adapted tasks that generate; others have no `generate` to be asked for."""
+
     def generate(self, *args, **kwargs):
         with selection.calls.running():
             return super().generate(*args, **kwargs)
@@ -156,7 +160,8 @@ def _make_classes():
     for cls in _subclasses(keras_hub.models.Task):
         if cls.backbone_cls in backbones:
             made = carrying_class(cls.backbone_cls, is_part=True)
-            special_classes[cls] = (AdaptedTask, {"backbone_cls": made})
+            mixin = AdaptedGenerator if hasattr(cls, "generate") else AdaptedTask
+            special_classes[cls] = (mixin, {"backbone_cls": made})
             carrying_class(cls, is_part=True)
     keep_their_class.extend(keras_hub.models.Preprocessor.__bases__)
 

@@ -217,6 +217,7 @@ def test_every_keras_hub_backbone_and_task_has_a_class():
         assert keras.saving.get_registered_object(f"keras_dcft>DCFT{cls.__name__}") is made
         if issubclass(cls, keras_hub.models.Task):
             assert made.backbone_cls is carrying_class(cls.backbone_cls, is_part=True)
+            assert hasattr(made, "generate") == hasattr(cls, "generate")
 
 
 def test_one_made_class_per_class_and_all_saved_under_one_name():
