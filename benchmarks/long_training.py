@@ -15,6 +15,7 @@ is there are skipped: a sweep that was cut off goes on.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import multiprocessing
@@ -420,6 +421,39 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
+# Beside which other forms of DCFT are seen.
+REFERENCES = ("DCFT, kernel size 8", "DCFT, kernel size 2", "LoRA, rank 1")
+
+
+def forms_table(lines) -> str:
+    """Validation scores of other forms of DCFT, also of unfinished trainings."""
+    texts = [
+        "| task | method | trainable | rate | validation after 1/8 | 1/4 | 1/2 "
+        "| all of the steps | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task in TASKS:
+        of_task = [line for line in lines if line["task"] == task]
+        if not any(line["method"] in FORMS for line in of_task):
+            continue
+        for method in (*REFERENCES, *FORMS):
+            mine = [line for line in of_task if line["method"] == method]
+            rates = collections.Counter(line["learning_rate"] for line in mine)
+            # Of the references the rate that all seeds were run with.
+            for rate in sorted(rates) if method in FORMS else [rates.most_common(1)[0][0]]:
+                with_rate = [line for line in mine if line["learning_rate"] == rate]
+                by_share = {share: {} for share in SHARES}
+                for line in with_rate:
+                    share = min(SHARES, key=lambda share: abs(share - line["step"] / line["steps"]))
+                    by_share[share][line["seed"]] = line["validation"]["score"]
+                scores = [with_deviation([*s.values()]) if s else "–" for s in by_share.values()]
+                texts.append(
+                    f"| {task} | {method} | {mine[0]['trainable_parameters']:,} | {rate:g} "
+                    f"| {' | '.join(scores)} | {len({line['seed'] for line in with_rate})} |"
+                )
+    return "\n".join(texts)
+
+
 def headline(rows, short_rows) -> str:
     """The scores of short and long trainings, of what was run on the first two tasks."""
     tasks = TASKS[:2]
@@ -524,9 +558,10 @@ def report(lines):
     draw_by_steps(rows)
     draw_by_numbers(rows)
     main = [row for row in rows if row["method"] in MAIN]
-    others = [row for row in rows if row["method"] not in MAIN]
+    others = [row for row in rows if row["method"] in RIVALS]
     fill(PAGE, "long_training.py", table(main))
     fill(PAGE, "long_training.py, the others", table(others))
+    fill(PAGE, "long_training.py, other forms", forms_table(lines))
     short_and_long = headline(rows, short_summary(finished()))
     for page in (measuring.WRITTEN / "README.md", USERS_PAGE):
         fill(page, "long_training.py", short_and_long)
