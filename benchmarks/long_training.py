@@ -144,6 +144,10 @@ FORMS = {
     "DCFT, kernel size 8, rank 4, a filter each": rival(
         FilterPerRank, {"kernel_size": 8, "rank": 4}
     ),
+    # With about as many numbers as kernel size 2.
+    "DCFT, kernel size 8, rank 3, a filter each": rival(
+        FilterPerRank, {"kernel_size": 8, "rank": 3}
+    ),
 }
 # What else the numbers of kernel sizes 8 and 2 buy.
 BIG_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
