@@ -18,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import sys
@@ -436,26 +437,35 @@ def forms_table(lines) -> str:
         "| all of the steps | seeds |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for task in TASKS:
-        of_task = [line for line in lines if line["task"] == task]
-        if not any(line["method"] in FORMS for line in of_task):
-            continue
-        for method in (*REFERENCES, *FORMS):
-            mine = [line for line in of_task if line["method"] == method]
-            rates = collections.Counter(line["learning_rate"] for line in mine)
-            # Of the references the rate that all seeds were run with.
-            for rate in sorted(rates) if method in FORMS else [rates.most_common(1)[0][0]]:
-                with_rate = [line for line in mine if line["learning_rate"] == rate]
-                by_share = {share: {} for share in SHARES}
-                for line in with_rate:
-                    share = min(SHARES, key=lambda share: abs(share - line["step"] / line["steps"]))
-                    by_share[share][line["seed"]] = line["validation"]["score"]
-                scores = [with_deviation([*s.values()]) if s else "–" for s in by_share.values()]
-                texts.append(
-                    f"| {task} | {method} | {mine[0]['trainable_parameters']:,} | {rate:g} "
-                    f"| {' | '.join(scores)} | {len({line['seed'] for line in with_rate})} |"
-                )
+    tasks = {line["task"] for line in lines if line["method"] in FORMS}
+    for task, method in itertools.product(TASKS, (*REFERENCES, *FORMS)):
+        mine = [line for line in lines if (line["task"], line["method"]) == (task, method)]
+        rates = collections.Counter(line["learning_rate"] for line in mine)
+        if method in REFERENCES:  # the rate that all seeds were run with
+            rates = dict(rates.most_common(1))
+        if task in tasks:
+            texts += [
+                _form_row([line for line in mine if line["learning_rate"] == rate])
+                for rate in sorted(rates)
+            ]
     return "\n".join(texts)
+
+
+def _form_row(lines) -> str:
+    """The row of a task's and a method's trainings at one rate."""
+    line = lines[0]
+    by_share = {share: {} for share in SHARES}
+    for other in lines:
+        share = min(SHARES, key=lambda share: abs(share - other["step"] / other["steps"]))
+        by_share[share][other["seed"]] = other["validation"]["score"]
+    scores = [
+        with_deviation([*of_seeds.values()]) if of_seeds else "–" for of_seeds in by_share.values()
+    ]
+    return (
+        f"| {line['task']} | {line['method']} | {line['trainable_parameters']:,} "
+        f"| {line['learning_rate']:g} | {' | '.join(scores)} "
+        f"| {len({other['seed'] for other in lines})} |"
+    )
 
 
 def headline(rows, short_rows) -> str:

@@ -322,8 +322,14 @@ def test_long_training(run, tmp_path, glue, squad):
     run("long_training", "--data", tmp_path / "data", *few, "--lanes", 1, *output)
     results = measuring.lines_of(tmp_path / "long_training.jsonl")
     assert [result["step"] for result in results] == [1, 2, 5, 10]
+    form = "DCFT, kernel size 8, rank 4"
+    for result in results[:3]:  # a training that was cut off half way
+        measuring.add_line(result | {"method": form}, tmp_path / "long_training.jsonl")
     printed = run("long_training", "--report", *output)
     assert row_of(printed, "rte | DCFT, kernel size 8")[-1] == "1"
+    page = (tmp_path / "docs" / "long_training.md").read_text()
+    half = f"{results[2]['validation']['score']:.3f}"
+    assert row_of(page, f"rte | {form}")[-3:] == [half, "–", "1"]
 
 
 @only_on("torch")
