@@ -165,28 +165,16 @@ class FourierFT(Rival):
     def add_variables(self, rows, columns):
         generator = np.random.default_rng(FIXED_SEED)
         places = generator.permutation(rows * columns)[: self.numbers]
-        self.places = np.divmod(places, columns)
-        self.waves = self._waves("rows", rows), self._waves("columns", columns)
+        self.places = self.fixed("places", np.stack(np.divmod(places, columns), 1).astype("int32"))
         self.entries = self.variable(
             "entries", (self.numbers,), initializers.RandomNormal(stddev=1)
         )
 
-    def _waves(self, axis, size):
-        """Cosines and sines along an axis; the same for all kernels of a shape."""
-        frequencies = self.places[0 if axis == "rows" else 1]
-        angles = 2 * np.pi / size * (np.outer(np.arange(size), frequencies) % size)
-        values = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype("float32")
-        name = "_".join(map(str, (axis, *self.matrix_shape)))
-        return self.shared_variable(name, lambda: self.fixed(name, values))
-
     def thin_factors(self, dtype):
         rows, columns = self.matrix_shape
-        # The real part of a few waves, by one product: a transform of a whole spectrum costs more.
-        of_rows, of_columns = self.waves
-        entries = self.scale / (rows * columns) * self.entries
-        signed = ops.concatenate([entries, -entries])
-        increment = ops.matmul(of_rows * signed, ops.transpose(of_columns))
-        # No thin factors: beside an identity of the smaller side.
+        spectrum = ops.scatter(self.places, self.entries, self.matrix_shape)
+        increment = self.scale * ops.ifft2((spectrum, ops.zeros_like(spectrum)))[0]
+        # No factors: beside an identity of the smaller side.
         if rows <= columns:
             return ops.eye(rows), increment
         return increment, ops.eye(columns)

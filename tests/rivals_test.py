@@ -104,7 +104,7 @@ def test_fourier_ft_is_the_real_part_of_a_sparse_spectrum(backbone):
     layer = dcft_layers(backbone)["transformer_layer_0/feedforward_intermediate_dense"]
     form = layer.dcft_adapter
     spectrum = np.zeros(form.matrix_shape)
-    spectrum[form.places] = form.entries
+    spectrum[tuple(np.array(form.places).T)] = form.entries
     np.testing.assert_allclose(increment_of(layer), 300 * np.fft.ifft2(spectrum).real, atol=1e-4)
 
 
