@@ -461,10 +461,11 @@ def _form_row(lines) -> str:
     scores = [
         with_deviation([*of_seeds.values()]) if of_seeds else "–" for of_seeds in by_share.values()
     ]
+    # Trainings may end on the way: the last mean is then of fewer seeds than the first.
+    counts = dict.fromkeys(len(of_seeds) for of_seeds in by_share.values() if of_seeds)
     return (
         f"| {line['task']} | {line['method']} | {line['trainable_parameters']:,} "
-        f"| {line['learning_rate']:g} | {' | '.join(scores)} "
-        f"| {len({other['seed'] for other in lines})} |"
+        f"| {line['learning_rate']:g} | {' | '.join(scores)} | {', then '.join(map(str, counts))} |"
     )
 
 
