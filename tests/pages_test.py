@@ -84,6 +84,30 @@ def test_the_page_on_devices_has_the_loops_that_the_tests_run(program, function)
     assert f"```python\n{ast.get_source_segment(text, found)}\n```" in page
 
 
+def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
+    page = (ROOT / "docs" / "long_training.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    reported, validation = (
+        {(row[0], row[1]): row[column].split()[0] for row in rows if len(row) == 10}
+        for column in (7, 8)
+    )
+    by_size = [reported["sst2", f"DCFT, kernel size {size}"] for size in (8, 12, 2)]
+    xquad = [
+        reported["xquad", name]
+        for name in ("DCFT, kernel size 12", "LoRA-XS, rank 14", "DCFT, kernel size 8")
+    ]
+    sizes = [validation["sst2", f"DCFT, kernel size {size}"] for size in (8, 12, 4, 2)]
+    uni = [reported["sst2", f"Uni-LoRA, rank 4, {size} numbers"] for size in ("7,648", "21,268")]
+    said = (
+        f"on SST-2 Uni-LoRA has {uni[0]}",
+        f"DCFT {by_size[0]} (kernel size 8) and {by_size[1]} (12)",
+        f"on XQuAD kernel size 12 has {xquad[0]}, LoRA-XS {xquad[1]}, kernel size 8 {xquad[2]}",
+        f"Uni-LoRA has {uni[1]} on SST-2, kernel size 2 {by_size[2]}",
+        f"{', '.join(sizes[:3])} and {sizes[3]} for kernel sizes 8, 12, 4 and 2",
+    )
+    assert [text for text in said if text not in " ".join(page.split())] == []
+
+
 def test_the_page_on_choices_has_the_figures_of_the_long_trainings():
     scores = {}
     for line in (ROOT / "docs" / "long_training.md").read_text().splitlines():
