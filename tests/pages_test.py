@@ -91,19 +91,29 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         {(row[0], row[1]): row[column].split()[0] for row in rows if len(row) == 10}
         for column in (7, 8)
     )
-    by_size = [reported["sst2", f"DCFT, kernel size {size}"] for size in (8, 12, 2)]
-    xquad = [
-        reported["xquad", name]
-        for name in ("DCFT, kernel size 12", "LoRA-XS, rank 14", "DCFT, kernel size 8")
-    ]
-    sizes = [validation["sst2", f"DCFT, kernel size {size}"] for size in (8, 12, 4, 2)]
-    uni = [reported["sst2", f"Uni-LoRA, rank 4, {size} numbers"] for size in ("7,648", "21,268")]
+    dcft = {size: f"DCFT, kernel size {size}" for size in (8, 12, 4, 2)}
+    few = {
+        "Uni-LoRA": "Uni-LoRA, rank 4, 7,648 numbers",
+        "LoRA": "LoRA, rank 1, query and value",
+        "VeRA": "VeRA, rank 256, query and value",
+        "LoRA-XS": "LoRA-XS, rank 14",
+    }
+    sst2, xquad = (
+        {short: reported.get((task, name)) for short, name in (dcft | few).items()}
+        for task in ("sst2", "xquad")
+    )
+    by_size = [validation["sst2", name] for name in dcft.values()]
     said = (
-        f"on SST-2 Uni-LoRA has {uni[0]}",
-        f"DCFT {by_size[0]} (kernel size 8) and {by_size[1]} (12)",
-        f"on XQuAD kernel size 12 has {xquad[0]}, LoRA-XS {xquad[1]}, kernel size 8 {xquad[2]}",
-        f"Uni-LoRA has {uni[1]} on SST-2, kernel size 2 {by_size[2]}",
-        f"{', '.join(sizes[:3])} and {sizes[3]} for kernel sizes 8, 12, 4 and 2",
+        f"on SST-2 Uni-LoRA has {sst2['Uni-LoRA']}, LoRA on query and value {sst2['LoRA']}, "
+        f"VeRA {sst2['VeRA']}, DCFT {sst2[8]} (kernel size 8) and {sst2[12]} (12), "
+        f"LoRA-XS {sst2['LoRA-XS']}",
+        f"on XQuAD kernel size 12 has {xquad[12]}, LoRA-XS {xquad['LoRA-XS']}, "
+        f"kernel size 8 {xquad[8]}, LoRA on query and value {xquad['LoRA']}, VeRA {xquad['VeRA']}",
+        f"Uni-LoRA has {reported['sst2', 'Uni-LoRA, rank 4, 21,268 numbers']} on SST-2, "
+        f"kernel size 2 {sst2[2]}; on XQuAD kernel size 2 leads with {xquad[2]}, "
+        f"LoRA-XS has {reported['xquad', 'LoRA-XS, rank 24']}, "
+        f"VeRA {reported['xquad', 'VeRA, rank 16']}",
+        f"{', '.join(by_size[:3])} and {by_size[3]} for kernel sizes 8, 12, 4 and 2",
     )
     assert [text for text in said if text not in " ".join(page.split())] == []
 
