@@ -99,7 +99,7 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         "LoRA-XS": "LoRA-XS, rank 14",
     }
     sst2, xquad = (
-        {short: reported.get((task, name)) for short, name in (dcft | few).items()}
+        {short: reported[task, name] for short, name in (dcft | few).items()}
         for task in ("sst2", "xquad")
     )
     by_size = [validation["sst2", name] for name in dcft.values()]
@@ -108,7 +108,8 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         f"VeRA {sst2['VeRA']}, DCFT {sst2[8]} (kernel size 8) and {sst2[12]} (12), "
         f"LoRA-XS {sst2['LoRA-XS']}",
         f"on XQuAD kernel size 12 has {xquad[12]}, LoRA-XS {xquad['LoRA-XS']}, "
-        f"kernel size 8 {xquad[8]}, LoRA on query and value {xquad['LoRA']}, VeRA {xquad['VeRA']}",
+        f"kernel size 8 {xquad[8]}, LoRA on query and value {xquad['LoRA']}, VeRA {xquad['VeRA']}, "
+        f"Uni-LoRA with one seed {xquad['Uni-LoRA']}",
         f"Uni-LoRA has {reported['sst2', 'Uni-LoRA, rank 4, 21,268 numbers']} on SST-2, "
         f"kernel size 2 {sst2[2]}; on XQuAD kernel size 2 leads with {xquad[2]}, "
         f"LoRA-XS has {reported['xquad', 'LoRA-XS, rank 24']}, "
