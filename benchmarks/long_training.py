@@ -196,20 +196,29 @@ def main():
         return prepare(options.prepare, options.data_dir, options.squad)
     if not options.data:
         parser.error("--data is needed, a folder written with --prepare.")
-    run_all(options)
+    jobs = jobs_of(options)
+    if not jobs:
+        parser.error(
+            "nothing to run: other methods and forms are run on sst2 and xquad, and not with "
+            "--only-main."
+        )
+    run_all(jobs, options)
 
 
-def run_all(options):
-    end = time.time() + options.seconds
+def jobs_of(options) -> list:
     # What else there is, is compared on the first two tasks.
     others = [] if options.only_main else [(RIVALS, TASKS[:2]), (FORMS, TASKS[:2])]
-    jobs = [
+    return [
         (task, method)
         for methods, tasks in [(MAIN, TASKS), *others]
         for task in tasks
         for method in methods
         if task in options.tasks and method in options.methods
     ]
+
+
+def run_all(jobs, options):
+    end = time.time() + options.seconds
     # A tiny run is shorter than importing anew.
     context = multiprocessing.get_context("fork" if measuring.QUICK else "spawn")
     with context.Pool(options.processes) as pool:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 if keras.config.backend() != "jax":
     pytest.skip("long trainings are JAX's", allow_module_level=True)
 
+import long_training
 import rivals
 from rivals import FilterPerRank, FourierFT, LoRAXS, UniLoRA, VeRA, replace_adapters
 
@@ -117,3 +118,11 @@ def test_a_filter_for_each_rank_is_a_sum_of_deconvolutions(backbone, rng):
     a, b, filters = np.array(form.a), np.array(form.b), np.array(form.filters)
     expected = sum(np.kron(np.outer(a[:, i], b[i]), filters[i]) for i in range(2))
     np.testing.assert_allclose(increment_of(layer), form.settings.scale * expected, atol=1e-6)
+
+
+def test_asking_for_another_method_where_it_is_not_run_is_an_error(monkeypatch, capsys):
+    arguments = ["--data", "none", "--tasks", "rte", "--methods", "VeRA, rank 16"]
+    monkeypatch.setattr(sys, "argv", ["long_training.py", *arguments])
+    with pytest.raises(SystemExit):
+        long_training.main()
+    assert "other methods and forms are run on sst2 and xquad" in capsys.readouterr().err
