@@ -154,12 +154,16 @@ class UniLoRA(Rival):
 
 
 class FourierFT(Rival):
-    """A few entries of the increment's spectrum, at fixed random places (2405.03003)."""
+    """A few entries of the increment's spectrum, at fixed random places (2405.03003).
 
-    scale = 300.0
+    Args:
+        scale: float, the increment's, for a kernel of 768 x 768 (RoBERTa base). The inverse
+            transform divides by the kernel's size: smaller kernels have less, so that an entry
+            is a wave of the same height.
+    """
 
-    def __init__(self, layer, shared, numbers):
-        self.numbers = numbers
+    def __init__(self, layer, shared, numbers, scale):
+        self.numbers, self.scale = numbers, scale
         super().__init__(layer, shared)
 
     def add_variables(self, rows, columns):
@@ -173,7 +177,8 @@ class FourierFT(Rival):
     def thin_factors(self, dtype):
         rows, columns = self.matrix_shape
         spectrum = ops.scatter(self.places, self.entries, self.matrix_shape)
-        increment = self.scale * ops.ifft2((spectrum, ops.zeros_like(spectrum)))[0]
+        scale = self.scale * rows * columns / 768**2
+        increment = scale * ops.ifft2((spectrum, ops.zeros_like(spectrum)))[0]
         # No factors: beside an identity of the smaller side.
         if rows <= columns:
             return ops.eye(rows), increment

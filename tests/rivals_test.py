@@ -47,7 +47,7 @@ LORA_NUMBERS = 5 * 32 + 2 * 48
         (LoRAXS, {"rank": 3}, 7 * 9),
         (VeRA, {"rank": 3}, 7 * 3 + 6 * 16 + 32),
         (UniLoRA, {"numbers": 40, "rank": 2}, 40),
-        (FourierFT, {"numbers": 5}, 7 * 5),
+        (FourierFT, {"numbers": 5, "scale": 140.0}, 7 * 5),
     ],
 )
 def test_a_form_trains_its_numbers_and_its_increment_is_what_the_layer_adds(
@@ -101,12 +101,15 @@ def test_the_matrix_of_uni_loras_hash_has_orthonormal_columns(backbone):
 
 def test_fourier_ft_is_the_real_part_of_a_sparse_spectrum(backbone):
     enable_dcft(backbone, 1)
-    replace_adapters(backbone, FourierFT, numbers=5)
+    replace_adapters(backbone, FourierFT, numbers=5, scale=140.0)
     layer = dcft_layers(backbone)["transformer_layer_0/feedforward_intermediate_dense"]
     form = layer.dcft_adapter
     spectrum = np.zeros(form.matrix_shape)
     spectrum[tuple(np.array(form.places).T)] = form.entries
-    np.testing.assert_allclose(increment_of(layer), 300 * np.fft.ifft2(spectrum).real, atol=1e-4)
+    # The same waves as in a kernel of 768 x 768 at this scale.
+    rows, columns = form.matrix_shape
+    waves = 140 / 768**2 * rows * columns * np.fft.ifft2(spectrum).real
+    np.testing.assert_allclose(increment_of(layer), waves, rtol=1e-4, atol=1e-8)
 
 
 def test_a_filter_for_each_rank_is_a_sum_of_deconvolutions(backbone, rng):
