@@ -137,14 +137,14 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         f"on SST-2 Uni-LoRA has {sst2['Uni-LoRA']}, LoRA on query and value {sst2['LoRA']}, "
         f"VeRA {sst2['VeRA']}, DCFT {sst2[8]} (kernel size 8) and {sst2[12]} (12), "
         f"LoRA-XS {sst2['LoRA-XS']}",
-        f"on XQuAD kernel size 12 has {xquad[12]}, LoRA-XS {xquad['LoRA-XS']}, "
-        f"kernel size 8 {xquad[8]}, LoRA on query and value {xquad['LoRA']}, VeRA {xquad['VeRA']}, "
-        f"Uni-LoRA with one seed {xquad['Uni-LoRA']}",
+        f"on XQuAD kernel size 12 has {xquad[12]}, Uni-LoRA {xquad['Uni-LoRA']}, "
+        f"LoRA-XS {xquad['LoRA-XS']}, kernel size 8 {xquad[8]}, "
+        f"LoRA on query and value {xquad['LoRA']}, VeRA {xquad['VeRA']}",
         f"Uni-LoRA has {reported['sst2', 'Uni-LoRA, rank 4, 21,268 numbers']} on SST-2, "
-        f"kernel size 2 {sst2[2]}; on XQuAD kernel size 2 leads with {xquad[2]}, "
-        f"LoRA-XS has {reported['xquad', 'LoRA-XS, rank 24']}, "
-        f"VeRA {reported['xquad', 'VeRA, rank 16']}, "
-        f"Uni-LoRA with one seed {reported['xquad', 'Uni-LoRA, rank 4, 21,268 numbers']}",
+        f"kernel size 2 {sst2[2]}; on XQuAD Uni-LoRA with one seed has "
+        f"{reported['xquad', 'Uni-LoRA, rank 4, 21,268 numbers']}, kernel size 2 {xquad[2]}, "
+        f"LoRA-XS {reported['xquad', 'LoRA-XS, rank 24']}, "
+        f"VeRA {reported['xquad', 'VeRA, rank 16']}",
         f"{', '.join(by_size[:3])} and {by_size[3]} for kernel sizes 8, 12, 4 and 2",
     )
     assert [text for text in said if text not in page] == []
