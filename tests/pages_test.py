@@ -153,6 +153,55 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
     assert [text for text in said if text not in page] == []
 
 
+def test_the_text_on_other_forms_has_the_figures_of_the_lines():
+    page, _ = long_trainings_page()
+    lines = [json.loads(x) for x in (RESULTS / "long_training.jsonl").read_text().splitlines()]
+    # A sweep that was cut off and went on has a score twice; the later counts.
+    scores = {
+        (*(line[x] for x in ("task", "method", "learning_rate", "seed")), line["step"]): line
+        for line in lines
+    }
+    steps = {"sst2": (625, 1250, 2500, 5000), "xquad": (188, 375, 750, 1500)}
+
+    def means(task, method, rate, shares=(8, 4, 2, 1), seeds=(0, 1, 2)):
+        """Validation scores after an eighth to all of the steps."""
+        by_share = dict(zip((8, 4, 2, 1), steps[task]))
+        of_seeds = [
+            [scores[task, method, rate, seed, by_share[x]]["validation"]["score"] for seed in seeds]
+            for x in shares
+        ]
+        return [f"{sum(of_share) / len(of_share):.3f}" for of_share in of_seeds]
+
+    eight, two = "DCFT, kernel size 8", "DCFT, kernel size 2"
+    faster, both, end = f"{eight}, B's rate x 4", (0, 1), (1,)
+    way, filters = (8, 4, 2), f"{eight}, rank 3, a filter each"
+    four, more = f"{eight}, rank 4", f"{eight}, rank 4, a filter each"
+    [ours] = means("sst2", faster, 0.002, end, both)
+    [default] = means("sst2", eight, 0.002, end, both)
+    [ours_xquad] = means("xquad", faster, 0.002, end, both)
+    [default_xquad] = means("xquad", eight, 0.004, end, both)
+    half, last = means("xquad", eight, 0.002, (2, 1), (0,))
+    our_half, our_last = means("xquad", faster, 0.002, (2, 1), (0,))
+    said = (
+        f"on SST-2 (2e-3 also) {ours}, the default {default}, on XQuAD (4e-3) {ours_xquad}, "
+        f"the default {default_xquad}",
+        f"1/2: {', '.join(means('sst2', faster, 0.002, way))}; the default "
+        f"{', '.join(means('sst2', eight, 0.002, way))})",
+        f"({', '.join(means('xquad', faster, 0.002, way))}; the default "
+        f"{', '.join(means('xquad', eight, 0.004, way))})",
+        f"({half}, this with seed 0 {our_half}; at the end {last} and {our_last})",
+        f"ends at {means('sst2', filters, 0.002, end, both)[0]} on SST-2 and "
+        f"{means('xquad', filters, 0.002, end, both)[0]} on XQuAD",
+        f"at {means('sst2', two, 0.001, end)[0]} and {means('xquad', two, 0.001, end)[0]}, rank 4",
+        f"not run on XQuAD) at {means('sst2', four, 0.002, end, (0,))[0]}",
+        f"the latter ({means('sst2', filters, 0.002, (2,), both)[0]}, "
+        f"{means('sst2', four, 0.002, (2,), (0,))[0]})",
+        f"(31,362) and {means('sst2', more, 0.002, end, (0,))[0]} on SST-2",
+        f"has {means('sst2', f'{four}, scale by root', 0.002, (2,), (0,))[0]} after half",
+    )
+    assert [text for text in said if text not in page] == []
+
+
 def test_the_page_on_choices_has_the_figures_of_the_long_trainings():
     _, rows = long_trainings_page()
     scores = {key: float(row[7].split()[0]) for key, row in rows.items()}

@@ -129,3 +129,23 @@ def test_asking_for_another_method_where_it_is_not_run_is_an_error(monkeypatch, 
     with pytest.raises(SystemExit):
         long_training.main()
     assert "other methods and forms are run on sst2 and xquad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gain", "leads"), [(0.0, False), (0.004, False), (0.02, True)])
+def test_a_form_is_run_on_the_second_task_if_it_leads_on_the_first(gain, leads):
+    two = "DCFT, kernel size 2"
+    measured = [
+        line for line in long_training.lines_of(long_training.RESULTS) if line["task"] == "sst2"
+    ]
+    form = "DCFT, kernel size 8, rank 3, a filter each"
+    lines = [line for line in measured if line["method"] in long_training.REFERENCES]
+    for line in [line for line in lines if line["method"] == two]:
+        score = line["validation"]["score"] + gain
+        validation = line["validation"] | {"score": score}
+        lines.append(
+            line | {"method": form, "trainable_parameters": 23_714, "validation": validation}
+        )
+    assert long_training.leads(form, lines) == leads
+    one_seed = [line for line in lines if line["method"] != form or line["seed"] == 0]
+    assert not long_training.leads(form, one_seed)
+    assert not long_training.leads("DCFT, kernel size 8, B from zero", lines)
