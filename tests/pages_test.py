@@ -134,6 +134,7 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
     )
     uni = "Uni-LoRA, rank 4, 21,268 numbers"
     by_size = [validation["sst2", name] for name in dcft.values()]
+    fourier = [f"FourierFT, query and value, {n} entries each" for n in ("637", "1,772")]
     said = (
         f"on SST-2 Uni-LoRA has {sst2['Uni-LoRA']}, LoRA on query and value {sst2['LoRA']}, "
         f"VeRA {sst2['VeRA']}, DCFT {sst2[8]} (kernel size 8) and {sst2[12]} (12), "
@@ -149,6 +150,8 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         f"ahead on XQuAD ({rows['xquad', uni][4]} and {rows['xquad', dcft[2]][4]} after 1/8 of the "
         f"steps), not on SST-2 ({rows['sst2', uni][4]} and {rows['sst2', dcft[2]][4]})",
         f"{', '.join(by_size[:3])} and {by_size[3]} for kernel sizes 8, 12, 4 and 2",
+        f"alone, has {reported['sst2', fourier[0]]} with {rows['sst2', fourier[0]][2]} numbers and "
+        f"{reported['sst2', fourier[1]]} with {rows['sst2', fourier[1]][2]}:",
     )
     assert [text for text in said if text not in page] == []
 
