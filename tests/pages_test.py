@@ -152,7 +152,8 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         f"{', '.join(by_size[:3])} and {by_size[3]} for kernel sizes 8, 12, 4 and 2",
         f"on SST-2 has {reported['sst2', fourier[0]]} with {rows['sst2', fourier[0]][2]} numbers "
         f"and {reported['sst2', fourier[1]]} with {rows['sst2', fourier[1]][2]}:",
-        f"On XQuAD it has {reported['xquad', fourier[0]]} with {rows['xquad', fourier[0]][2]},",
+        f"it has {reported['xquad', fourier[0]]} with {rows['xquad', fourier[0]][2]} "
+        f"and {reported['xquad', fourier[1]]} with {rows['xquad', fourier[1]][2]},",
     )
     assert [text for text in said if text not in page] == []
 
