@@ -148,7 +148,7 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
         f"kernel size 2 {sst2[2]}, FourierFT {reported['sst2', fourier]}; "
         f"on XQuAD kernel size 2 has {xquad[2]}, Uni-LoRA {reported['xquad', uni]}, "
         f"LoRA-XS {reported['xquad', 'LoRA-XS, rank 24']}, "
-        f"FourierFT {reported['xquad', fourier]} (one seed), "
+        f"FourierFT {reported['xquad', fourier]}, "
         f"VeRA {reported['xquad', 'VeRA, rank 16']}",
         f"ahead on XQuAD ({rows['xquad', uni][4]} and {rows['xquad', dcft[2]][4]} after 1/8 of the "
         f"steps), not on SST-2 ({rows['sst2', uni][4]} and {rows['sst2', dcft[2]][4]})",
