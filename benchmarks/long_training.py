@@ -587,8 +587,6 @@ def draw_by_numbers(rows):
             axis.plot(numbers, [np.mean(s) for s in scores], style, color=f"C{i}", label=kind)
             for number, of_seeds in zip(numbers, scores):
                 axis.plot([number] * len(of_seeds), of_seeds, ".", color=f"C{i}", alpha=0.4)
-                if len(of_seeds) == 1:  # hollow, as it is no mean
-                    axis.plot(number, of_seeds, "D", color=f"C{i}", markerfacecolor="white")
         for row in mine:
             if row["method"] == "full fine-tuning":
                 axis.axhline(

@@ -160,7 +160,7 @@ def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
             (few["Uni-LoRA"], [few[short] for short in ("LoRA-XS", "VeRA", "FourierFT")]),
             (uni, ["LoRA-XS, rank 24", "VeRA, rank 16", fourier]),
         ):
-            # As docs/choices.md says, too.
+            # What docs/choices.md says of them.
             assert reported[task, ahead] > max(reported[task, name] for name in behind)
 
 
