@@ -116,6 +116,16 @@ def test_the_text_on_long_trainings_has_the_figures_of_its_table():
     assert [text for text in said if text not in page] == []
 
 
+@pytest.mark.parametrize("task", ["sst2", "xquad"])
+def test_best_rates_have_neighbours_on_both_sides(task):
+    _, rows = long_trainings_page()
+    for method, row in ((method, row) for (of, method), row in rows.items() if of == task):
+        best, tried = row[3].replace(" one class", "").rstrip(")").split(" (")
+        rates = [float(rate) for rate in tried.split(", ")]
+        assert rates[0] < float(best) < rates[-1], method
+        assert row[9] == "3" or method == "full fine-tuning", method
+
+
 def test_the_text_on_what_else_the_numbers_buy_has_the_figures_of_its_tables():
     page, rows = long_trainings_page()
     reported, validation = (
