@@ -193,6 +193,9 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         ]
         return [f"{sum(of_share) / len(of_share):.3f}" for of_share in of_seeds]
 
+    def of_rates(form):
+        return ", ".join(means("sst2", form, x, (1,), (0,))[0] for x in (0.001, 0.002, 0.004))
+
     eight, two = "DCFT, kernel size 8", "DCFT, kernel size 2"
     faster, both, end = f"{eight}, B's rate x 4", (0, 1), (1,)
     way, filters = (8, 4, 2), f"{eight}, rank 3, a filter each"
@@ -213,11 +216,9 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"({half}, this with seed 0 {our_half}; at the end {last} and {our_last})",
         f"ends at {means('sst2', filters, 0.002, end, both)[0]} on SST-2 and "
         f"{means('xquad', filters, 0.002, end, both)[0]} on XQuAD",
-        f"at {means('sst2', two, 0.001, end)[0]} and {means('xquad', two, 0.001, end)[0]}, rank 4",
-        f"not run on XQuAD) at {means('sst2', four, 0.002, end, (0,))[0]}",
-        f"the latter ({means('sst2', filters, 0.002, (2,), both)[0]}, "
-        f"{means('sst2', four, 0.002, (2,), (0,))[0]})",
-        f"(31,362) and {means('sst2', more, 0.002, end, (0,))[0]} on SST-2",
+        f"at {means('sst2', two, 0.001, end)[0]} and {means('xquad', two, 0.001, end)[0]}. Rank 4",
+        f"it has {of_rates(more)}, with the one filter {of_rates(four)}. Kernel size 2",
+        f"has {means('sst2', two, 0.001, end, (0,))[0]} with that seed at its best rate",
         f"has {means('sst2', f'{four}, scale by root', 0.002, (2,), (0,))[0]} after half",
     )
     assert [text for text in said if text not in page] == []
