@@ -200,6 +200,7 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
     faster, both, end = f"{eight}, B's rate x 4", (0, 1), (1,)
     way, filters = (8, 4, 2), f"{eight}, rank 3, a filter each"
     four, more = f"{eight}, rank 4", f"{eight}, rank 4, a filter each"
+    zero = f"{eight}, B from zero"
     [ours] = means("sst2", faster, 0.002, end, both)
     [default] = means("sst2", eight, 0.002, end, both)
     [ours_xquad] = means("xquad", faster, 0.002, end, both)
@@ -219,6 +220,9 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"at {means('sst2', two, 0.001, end)[0]} and {means('xquad', two, 0.001, end)[0]}. Rank 4",
         f"it has {of_rates(more)}, with the one filter {of_rates(four)}. Kernel size 2",
         f"has {means('sst2', two, 0.001, end, (0,))[0]} with that seed at its best rate",
+        f"has {means('sst2', zero, 0.00025, (4,), (0,))[0]} and "
+        f"{means('sst2', zero, 0.001, (4,), (0,))[0]} after a quarter of the steps, at its "
+        f"two rates, the default {means('sst2', eight, 0.002, (4,))[0]}",
         f"has {means('sst2', f'{four}, scale by root', 0.002, (2,), (0,))[0]} after half",
     )
     assert [text for text in said if text not in page] == []
