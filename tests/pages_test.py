@@ -200,11 +200,12 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
     faster, both, end = f"{eight}, B's rate x 4", (0, 1), (1,)
     way, filters = (8, 4, 2), f"{eight}, rank 3, a filter each"
     four, more = f"{eight}, rank 4", f"{eight}, rank 4, a filter each"
-    zero = f"{eight}, B from zero"
+    zero, root = f"{eight}, B from zero", f"{eight}, rank 4, scale by root"
     [ours] = means("sst2", faster, 0.002, end, both)
     [default] = means("sst2", eight, 0.002, end, both)
     [ours_xquad] = means("xquad", faster, 0.002, end, both)
     [default_xquad] = means("xquad", eight, 0.004, end, both)
+    [half_way] = means("sst2", four, 0.002, (2,), (0,))
     half, last = means("xquad", eight, 0.002, (2, 1), (0,))
     our_half, our_last = means("xquad", faster, 0.002, (2, 1), (0,))
     said = (
@@ -218,13 +219,16 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"ends at {means('sst2', filters, 0.002, end, both)[0]} on SST-2 and "
         f"{means('xquad', filters, 0.002, end, both)[0]} on XQuAD",
         f"at {means('sst2', two, 0.001, end)[0]} and {means('xquad', two, 0.001, end)[0]}. Rank 4",
-        f"it has {of_rates(more)}, with the one filter {of_rates(four)}. Kernel size 2",
+        f"it has {of_rates(more)}, with the one filter {of_rates(four)}. At 8e-3",
         f"has {means('sst2', two, 0.001, end, (0,))[0]} with that seed at its best rate",
         f"has {means('sst2', zero, 0.00025, (4,), (0,))[0]} and "
         f"{means('sst2', zero, 0.001, (4,), (0,))[0]} after a quarter of the steps, at its "
         f"two rates, the default {means('sst2', eight, 0.002, (4,))[0]}",
-        f"has {means('sst2', f'{four}, scale by root', 0.002, (2,), (0,))[0]} after half",
+        f"ends at {means('sst2', root, 0.002, end, (0,))[0]} on SST-2, without it "
+        f"{means('sst2', four, 0.002, end, (0,))[0]} (2e-3, seed 0 alone); half way both have "
+        f"{half_way}.",
     )
+    assert means("sst2", root, 0.002, (2,), (0,)) == [half_way]
     assert [text for text in said if text not in page] == []
 
 
