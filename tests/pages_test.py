@@ -229,6 +229,7 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"{half_way}.",
     )
     assert means("sst2", root, 0.002, (2,), (0,)) == [half_way]
+    assert scores["sst2", more, 0.008, 0, 5000]["validation"]["predicted"] == 1  # "one class"
     assert [text for text in said if text not in page] == []
 
 
