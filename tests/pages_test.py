@@ -1,7 +1,9 @@
 """Pages have the figures that were measured."""
 
 import ast
+import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -231,6 +233,31 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
     assert means("sst2", root, 0.002, (2,), (0,)) == [half_way]
     assert scores["sst2", more, 0.008, 0, 5000]["validation"]["predicted"] == 1  # "one class"
     assert [text for text in said if text not in page] == []
+
+
+def test_uni_lora_leads_its_rivals_and_some_by_no_more_than_the_seeds():
+    _, rows = long_trainings_page()
+    rivals = {
+        "Uni-LoRA, rank 4, 7,648 numbers": (
+            "LoRA-XS, rank 14",
+            "VeRA, rank 256, query and value",
+            "FourierFT, query and value, 637 entries each",
+        ),
+        "Uni-LoRA, rank 4, 21,268 numbers": (
+            "LoRA-XS, rank 24",
+            "VeRA, rank 16",
+            "FourierFT, query and value, 1,772 entries each",
+        ),
+    }
+    within = []
+    for task, uni in itertools.product(("sst2", "xquad"), rivals):
+        ours, spread = map(float, rows[task, uni][7].split(" ± "))
+        for rival in rivals[uni]:
+            theirs, their_spread = map(float, rows[task, rival][7].split(" ± "))
+            assert theirs < ours, (task, rival)  # "have lower means than Uni-LoRA"
+            within.append(ours - theirs <= math.hypot(spread, their_spread))
+    assert any(within)  # "some of the differences are no larger than the seeds'"
+    assert not all(within)
 
 
 def test_the_page_on_choices_has_the_figures_of_the_long_trainings():
