@@ -238,6 +238,7 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"it ends at {of_rates(root)} on SST-2, without it at {of_rates(four)}, with",
         f"differ by (± {spread(two, 0.001).split()[-1]}); kernel size 2 has "
         f"{means('sst2', two, 0.001, end, (0,))[0]} with this seed",
+        f"at 2e-3 it is {spread(root, 0.002)}, kernel size 2 {spread(two, 0.001)}.",
     )
     assert scores["sst2", more, 0.008, 0, 5000]["validation"]["predicted"] == 1  # "one class"
     assert [text for text in said if text not in page] == []
