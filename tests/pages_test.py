@@ -233,9 +233,11 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"at its best rate, it is {spread(more, 0.004)} and {spread(four, 0.002)}; but",
         f"on the sentences that no choice looks at {unseen(more, 0.004)} and {unseen(four, 0.002)}",
         f"has {spread(two, 0.001)} and, there, {unseen(two, 0.001)}",
-        f"has {means('sst2', zero, 0.00025, (4,), (0,))[0]} and "
-        f"{means('sst2', zero, 0.001, (4,), (0,))[0]} after a quarter of the steps, at its "
-        f"two rates, the default {means('sst2', eight, 0.002, (4,))[0]}",
+        f"with seed 0 it ends at {means('sst2', zero, 0.00025, end, (0,))[0]} and "
+        f"{means('sst2', zero, 0.0005, end, (0,))[0]} on SST-2",
+        f"the default at {means('sst2', eight, 0.002, end, (0,))[0]} at its best rate. At 1e-3",
+        f"the steps, at {means('sst2', zero, 0.001, (4,), (0,))[0]}, no better",
+        f"this ends at {of_rates(faster)}, the default at {of_rates(eight)}.",
         f"it ends at {of_rates(root)} on SST-2, without it at {of_rates(four)}, with",
         f"three seeds at 2e-3 it is {spread(root, 0.002)} against {spread(four, 0.002)}, more",
         f"and {unseen(root, 0.002)} against {unseen(four, 0.002)} on the sentences that no choice",
