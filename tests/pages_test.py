@@ -211,6 +211,7 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
     way, filters = (8, 4, 2), f"{eight}, rank 3, a filter each"
     four, more = f"{eight}, rank 4", f"{eight}, rank 4, a filter each"
     zero, root = f"{eight}, B from zero", f"{eight}, rank 4, scale by root"
+    rates = (0.0005, 0.001, 0.002, 0.004)
     [ours] = means("sst2", faster, 0.002, end, both)
     [default] = means("sst2", eight, 0.002, end, both)
     [ours_xquad] = means("xquad", faster, 0.002, end, both)
@@ -237,7 +238,8 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"the default at {means('sst2', eight, 0.002, end, (0,))[0]} at its best rate. At 1e-3",
         f"the steps, at {means('sst2', zero, 0.001, (4,), (0,))[0]}, where it has "
         f"{means('sst2', zero, 0.0005, (4,), (0,))[0]} at 5e-4",
-        f"this ends at {of_rates(faster)}, the default at {of_rates(eight)}.",
+        f"this ends at {of_rates(faster, (0.00025, *rates))}, the default, from 5e-4 on, at "
+        f"{of_rates(eight, rates)}. The default",
         f"it ends at {of_rates(root)} on SST-2, without it at {of_rates(four)}, with",
         f"three seeds at 2e-3 it is {spread(root, 0.002)} against {spread(four, 0.002)}, more",
         f"and {unseen(root, 0.002)} against {unseen(four, 0.002)} on the sentences that no choice",
