@@ -202,6 +202,9 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
     def unseen(form, rate):
         return means("sst2", form, rate, (1,), of="reported")[0]
 
+    def xquad_alone(form, rate):
+        return means("xquad", form, rate, (1,), (0,))[0]
+
     def seeds_of(form, rate, of="validation"):
         """The mean at the end and what seeds differ by."""
         of_seeds = [scores["sst2", form, rate, x, 5000][of]["score"] for x in range(3)]
@@ -246,15 +249,20 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"on the sentences that no choice looks at {unseen(more, 0.004)} and {unseen(four, 0.002)}",
         f"has {spread(two, 0.001)} and, there, {unseen(two, 0.001)}",
         f"it ends at {of_rates(zero, (0.000125, 0.00025, 0.0005))} on SST-2 at 1.25e-4, 2.5e-4 and",
-        f"the default at {means('sst2', eight, 0.002, end, (0,))[0]} at its best rate. At 1e-3",
+        f"the default at {means('sst2', eight, 0.002, end, (0,))[0]} at its best rate. With three",
         f"the steps, at {means('sst2', zero, 0.001, (4,), (0,))[0]}, where it has "
         f"{means('sst2', zero, 0.0005, (4,), (0,))[0]} at 5e-4",
         f"this ends at {of_rates(faster, (0.00025, *rates))}, the default, from 5e-4 on, at "
-        f"{of_rates(eight, rates)}. The default",
+        f"{of_rates(eight, rates)}. With three seeds",
+        f"it ends at {spread(faster, 0.001)}, the default at {spread(eight, 0.002)}: no lead",
+        f"it is {spread(zero, 0.00025)}, the default {spread(eight, 0.002)}. At 1e-3",
         f"it ends at {of_rates(root)} on SST-2, without it at {of_rates(four)}, with",
         f"three seeds at 2e-3 it is {spread(root, 0.002)} against {spread(four, 0.002)}, more",
         f"and {unseen(root, 0.002)} against {unseen(four, 0.002)} on the sentences that no choice",
-        f"level with kernel size 2 ({spread(two, 0.001)}), and was not run on XQuAD",
+        f"level with kernel size 2 ({spread(two, 0.001)}). On XQuAD",
+        f"it ends at {xquad_alone(root, 0.002)}, without it at {xquad_alone(four, 0.002)}, the "
+        f"default at {xquad_alone(eight, 0.002)}, kernel",
+        f"size 2, at its best rate, at {xquad_alone(two, 0.001)}. In",
     )
     assert scores["sst2", more, 0.008, 0, 5000]["validation"]["predicted"] == 1  # "one class"
     # "More than the seeds differ by", and on the unseen sentences "less than they differ by".
