@@ -114,7 +114,8 @@ def test_the_text_on_long_trainings_has_the_figures_of_its_table():
         f"kernel size 2 by {lead('xquad', lora, two):.1f}",
         f"level ({scores['xquad', eight][-1]} and {scores['xquad', few][-1]}, seeds",
         f"LoRA in three blocks by {lead('xquad', two, half):.1f} points",
-        f"kernel size 8 has {rows['rte', eight][7]}",
+        f"kernel size 8 has {rows['rte', eight][7]}, LoRA of rank 1 {rows['rte', lora][7]},",
+        f"one seed, kernel size 2 with {rows['rte', two][7]} the highest",
     )
     assert [text for text in said if text not in page] == []
 
@@ -255,7 +256,8 @@ def test_the_text_on_other_forms_has_the_figures_of_the_lines():
         f"this ends at {of_rates(faster, (0.00025, *rates))}, the default, from 5e-4 on, at "
         f"{of_rates(eight, rates)}. With three seeds",
         f"it ends at {spread(faster, 0.001)}, the default at {spread(eight, 0.002)}: no lead",
-        f"it is {spread(zero, 0.00025)}, the default {spread(eight, 0.002)}. At 1e-3",
+        f"(with seed 0 level with 5e-4) it is {spread(zero, 0.00025)}, the default "
+        f"{spread(eight, 0.002)}. At 1e-3",
         f"it ends at {of_rates(root)} on SST-2, without it at {of_rates(four)}, with",
         f"three seeds at 2e-3 it is {spread(root, 0.002)} against {spread(four, 0.002)}, more",
         f"and {unseen(root, 0.002)} against {unseen(four, 0.002)} on the sentences that no choice",
